@@ -1,0 +1,79 @@
+"""Measures weights on CAMELYON17: how far the colors of the five centers are apart before and after, and white glass.
+
+python examples/measure_camelyon17.py --weights camelyon17
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from kornia.color import rgb_to_lab
+from PIL import Image
+from torch import Tensor
+
+from stainnorm_transform import NormalizeStain, weights
+
+CENTERS = range(5)
+TISSUE = (10, 88)  # L*
+WHITE = 97  # L*
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=Path(os.environ.get("STAINNORM_DATA", "../shared/data")),
+        help="folder with camelyon17/center_0 ... center_4 (default: $STAINNORM_DATA or ../shared/data)",
+    )
+    parser.add_argument("--weights", default=weights.DEFAULT, help="name or path (default: %(default)s)")
+    options = parser.parse_args()
+
+    normalize = NormalizeStain.pretrained(options.weights)
+    print(normalize)
+    before, after, moved, batches = [], [], [], []
+    for center in CENTERS:
+        images = [read(path) for path in sorted((options.data / "camelyon17" / f"center_{center}").iterdir())]
+        normalized = [normalize(image) for image in images]
+        for image, result in zip(images, normalized, strict=True):
+            lab, lab_after = rgb_to_lab(image / 255), rgb_to_lab(result / 255)
+            tissue = (lab[0] > TISSUE[0]) & (lab[0] < TISSUE[1])
+            before.append(lab[1:, tissue].mean(dim=1))
+            after.append(lab_after[1:, tissue].mean(dim=1))
+            moved.append((lab_after - lab).norm(dim=0)[lab[0] > WHITE])
+        tiles = torch.stack([image[:, :512, :512] for image in images])
+        batches.append(torch.equal(normalize(tiles), torch.stack([normalize(tile) for tile in tiles])))
+
+    print(
+        f"\n{'tissue mean (a*, b*)':24}{'before':>16}{'after':>16}{'spread before':>16}{'after':>10}   n = 6 images each"
+    )
+    for center in CENTERS:
+        rows = [torch.stack(values)[6 * center : 6 * center + 6] for values in (before, after)]
+        means = ["({:.1f}, {:.1f})".format(*values.mean(dim=0).tolist()) for values in rows]
+        spreads = [f"{values.std(dim=0).norm():.1f}" for values in rows]
+        print(f"center {center:<17}{means[0]:>16}{means[1]:>16}{spreads[0]:>16}{spreads[1]:>10}")
+    near, far = between_centers(after), between_centers(before)
+    print(f"mean distance between centers: before {far:.2f}, after {near:.2f}, ratio {near / far:.3f}")
+
+    white = torch.cat(moved)
+    print(
+        f"white pixels (L* > {WHITE}): n = {len(white)}, moved by dE76 mean {white.mean():.2f}, "
+        f"99th percentile {np.percentile(white, 99):.2f}, max {white.max():.2f}"
+    )
+    print(f"uint8 batches equal to their images one by one, bit for bit: {sum(batches)} of {len(batches)}")
+
+
+def read(path: Path) -> Tensor:
+    return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
+
+
+def between_centers(means: list[Tensor]) -> float:
+    """Mean distance over pairs of centers, each the mean of its images' (a*, b*)."""
+    centers = torch.stack(means).reshape(len(CENTERS), -1, 2).mean(dim=1)
+    return float(torch.pdist(centers).mean())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""The command ``stainnorm``."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from tqdm import tqdm
+
+from stainnorm_transform import __version__, images, weights
+from stainnorm_transform.color import shift_ab
+from stainnorm_transform.files import replacing
+from stainnorm_transform.transform import NormalizeStain
+
+OVERVIEW_ROWS = 24
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit status: 0 done, 1 some files failed, 2 nothing could be done."""
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except (ValueError, OSError) as error:
+        print(f"stainnorm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stainnorm: interrupted; what was finished is kept", file=sys.stderr)
+        return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="stainnorm", description="Stain normalization of H&E images with ColorNormNet."
+    )
+    parser.add_argument("--version", action="version", version=f"stainnorm {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True)
+
+    normalize = commands.add_parser(
+        "normalize",
+        help="give images the colors of the target",
+        description="Gives H&E images (PNG, JPEG, TIFF; 8-bit RGB or RGBA) the colors of the target. Every image "
+        "gets one a*, b* offset of its own; lightness and white glass stay, and images without tissue come back "
+        "unchanged. "
+        "Resolution, ICC profile and transparency are kept.",
+        epilog="DIR/offsets.csv lists the offset that was taken from each image. Files that cannot be normalized are "
+        "named at the end, and the exit status is then 1.",
+    )
+    normalize.add_argument(
+        "inputs", nargs="+", type=Path, metavar="INPUT", help="image, or folder of images, searched with its subfolders"
+    )
+    normalize.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="folder to write to, in the same subfolders"
+    )
+    normalize.add_argument(
+        "--weights",
+        default=weights.DEFAULT,
+        metavar="NAME|PATH",
+        help="the target: a name that 'stainnorm list' shows, or a .safetensors file (default: %(default)s)",
+    )
+    normalize.add_argument(
+        "--device", help="where to compute: cpu, cuda, cuda:1, mps (default: cuda if there is one, else cpu)"
+    )
+    normalize.add_argument(
+        "--overview",
+        action="store_true",
+        help=f"also write DIR/overview.png: up to {OVERVIEW_ROWS} images before and after, evenly chosen",
+    )
+    normalize.set_defaults(run=_normalize)
+
+    listing = commands.add_parser("list", help="show the shipped weights", description="Shows the shipped weights.")
+    listing.set_defaults(run=_list)
+    return parser
+
+
+def _normalize(options: argparse.Namespace) -> int:
+    outputs = images.plan(options.inputs, options.out)
+    transform = NormalizeStain.pretrained(options.weights).to(_device(options.device))
+    options.out.mkdir(parents=True, exist_ok=True)
+    shown = {round(index * (len(outputs) - 1) / (OVERVIEW_ROWS - 1)) for index in range(OVERVIEW_ROWS)}
+    table: list[tuple[str, str, str, str]] = []
+    sheet: list[tuple[str, Image.Image, Image.Image]] = []
+    failed: list[str] = []
+    try:
+        for index, (path, output) in enumerate(tqdm(outputs.items(), unit="image", disable=None)):
+            try:
+                before = images.read(path)
+                after, a, b = _normalize_one(transform, before)
+                images.write(after, output, like=before)
+            except Exception as error:
+                failed.append(f"{path}: {error}")
+                continue
+            table.append((str(path), str(output), f"{a:.3f}", f"{b:.3f}"))
+            if options.overview and index in shown:
+                caption = f"{output.relative_to(options.out)}  a* {-a:+.1f}  b* {-b:+.1f}"
+                sheet.append((caption, images.thumbnail(before), images.thumbnail(after)))
+    finally:
+        with replacing(options.out / "offsets.csv") as temporary, temporary.open("w", newline="") as file:
+            csv.writer(file).writerows([("input", "output", "a", "b"), *table])
+        if sheet:
+            images.write(images.contact_sheet(sheet), options.out / "overview.png", like=sheet[0][1])
+    print(f"{len(table)} of {len(outputs)} images normalized to {transform.target!r}, written to {options.out}")
+    if failed:
+        print(f"{len(failed)} failed:", *failed, sep="\n  ", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _normalize_one(transform: NormalizeStain, image: Image.Image) -> tuple[Image.Image, float, float]:
+    """The normalized image, its transparency kept, and the (a*, b*) that was taken away."""
+    offset = transform.estimate_offset(_to_tensor(images.flatten(image), transform))
+    colors = shift_ab(_to_tensor(image.convert("RGB"), transform), -offset[1:], transform.preserve_white)
+    after = to_pil_image(colors.cpu())
+    if image.mode == "RGBA":
+        after.putalpha(image.getchannel("A"))
+    return after, offset[1].item(), offset[2].item()
+
+
+def _to_tensor(image: Image.Image, transform: NormalizeStain) -> torch.Tensor:
+    return pil_to_tensor(image).to(next(transform.network.parameters()).device)
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _list(options: argparse.Namespace) -> int:
+    for name in weights.names():
+        loaded = weights.load(name)
+        default = " (default)" if name == weights.DEFAULT else ""
+        print(f"{name}{default}: {loaded.data.get('summary', '')}")
+        print(f"    {loaded.metrics.get('summary', '')}")
+    return 0

@@ -1,0 +1,85 @@
+"""From an image to its offset: a small copy, its tissue, and the mean of the network's map over the tissue."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from kornia.color import rgb_to_lab
+from torch import Tensor
+
+from stainnorm_transform.color import one_by_one
+from stainnorm_transform.network import ColorNormNet
+
+# The network sees an area-downsampled copy with this many pixels on the longer side at most.
+COPY_SIDE = 128
+
+# Tissue is neither white glass nor black, ...
+TISSUE_LIGHTNESS = (10.0, 88.0)
+# ... not grey (in a*, b* chroma), ...
+TISSUE_CHROMA = 5.0
+# ... and textured: the mean deviation of L* from its 3 x 3 mean, relative to darkness (100 - L*), over a 9 x 9
+# neighborhood. Strokes of a pen stay below it.
+TISSUE_TEXTURE = 0.02
+# An image with a smaller share of tissue than this has none: dust, a cover slip's edge.
+TISSUE_SHARE = 0.02
+# Dark tissue weighs more, by this power: the color of its dense stain varies least from slide to slide of one lab.
+DARKNESS_POWER = 2.0
+
+
+def estimate_offset(network: ColorNormNet, image: Tensor) -> Tensor:
+    """Estimates how far images are from the network's target: the weighted mean of its map over the tissue.
+
+    Args:
+        network: a trained ColorNormNet in eval mode.
+        image: sRGB, shape (..., 3, H, W), uint8 or floating point in [0, 1]. NaN counts as white.
+
+    Returns:
+        (0, a*, b*) in Lab units, shape (..., 3), float32. L* is never moved. Exactly 0 for an image without tissue.
+    """
+    total, tissue = tissue_sums(network, image)
+    offset = torch.where(tissue[..., None] > 0, total / tissue.clamp(min=1e-9)[..., None], 0)
+    return F.pad(offset, (1, 0))
+
+
+def tissue_sums(network: ColorNormNet, image: Tensor) -> tuple[Tensor, Tensor]:
+    """The weighted (a*, b*) map, (..., 2), and the weights, (...), both as means over the image; 0 without tissue."""
+
+    def one_batch(batch: Tensor) -> Tensor:
+        lab = rgb_to_lab(small_copy(batch))
+        weight = tissue_weight(lab)
+        share = (weight > 0).float().mean(dim=(-1, -2), keepdim=True)
+        weight = torch.where(share >= TISSUE_SHARE, weight, 0)
+        weighted = weight * torch.cat([network(lab)[:, 1:], torch.ones_like(weight)], dim=1)
+        # The order of a float64 sum does not show in float32.
+        return weighted.double().mean(dim=(-1, -2)).float()
+
+    sums = one_by_one(one_batch, image)
+    return sums[..., :2], sums[..., 2]
+
+
+def small_copy(image: Tensor, side: int = COPY_SIDE) -> Tensor:
+    """Float32 copy of (N, 3, H, W), area-averaged to ``side`` pixels on the longer side, never enlarged."""
+    image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
+    image = torch.nan_to_num(image, nan=1.0, posinf=1.0, neginf=0.0).clamp(0, 1)
+    height, width = image.shape[-2:]
+    factor = side / max(height, width, side)
+    size = (max(1, round(height * factor)), max(1, round(width * factor)))
+    return F.interpolate(image, size=size, mode="area") if factor < 1 else image
+
+
+def tissue_weight(lab: Tensor) -> Tensor:
+    """How much each pixel of a Lab image (N, 3, H, W) counts: (N, 1, H, W), in [0, 1].
+
+    Tissue counts the more the darker it is; glass, black, grey and pen count nothing.
+    """
+    lightness, chroma = lab[:, :1], lab[:, 1:].norm(dim=1, keepdim=True)
+    texture = _box_mean((lightness - _box_mean(lightness, 3)).abs(), 9)
+    darkness = _box_mean(100 - lightness, 9)
+    low, high = TISSUE_LIGHTNESS
+    tissue = (lightness > low) & (chroma > TISSUE_CHROMA) & (texture > TISSUE_TEXTURE * darkness)
+    return tissue * ((high - lightness) / (high - low)).clamp(0, 1) ** DARKNESS_POWER
+
+
+def _box_mean(image: Tensor, size: int) -> Tensor:
+    mean: Tensor = F.avg_pool2d(image, size, stride=1, padding=size // 2, count_include_pad=False)
+    return mean

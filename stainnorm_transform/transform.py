@@ -1,0 +1,228 @@
+"""NormalizeStain and PerturbStain, as torchvision v2 transforms."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import PIL.Image
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+
+from stainnorm_transform import weights as weights_files
+from stainnorm_transform.color import check_image, random_offset, shift_ab
+from stainnorm_transform.estimate import estimate_offset, tissue_sums
+from stainnorm_transform.network import ColorNormNet
+
+
+class _ImageTransform(v2.Transform):
+    """Transforms the images of a sample, of whatever kind, and passes everything else through."""
+
+    _transformed_types = (
+        PIL.Image.Image,
+        tv_tensors.Image,
+        tv_tensors.Video,
+        lambda inpt: isinstance(inpt, Tensor) and not isinstance(inpt, tv_tensors.TVTensor),
+    )
+
+    def check_inputs(self, flat_inputs: list[Any]) -> None:
+        if not any(self._needs_transform_list(flat_inputs)):
+            kinds = ", ".join(sorted({type(inpt).__name__ for inpt in flat_inputs})) or "nothing"
+            raise TypeError(f"expected a PIL image or an image tensor in the sample, got {kinds}")
+
+
+class NormalizeStain(_ImageTransform):
+    """Makes H&E images look like the target's: estimates the a*, b* offset of each and takes it away.
+
+    For PIL images (RGB), uint8 tensors, floating point tensors in [0, 1], ``tv_tensors.Image`` and ``Video``, of shape
+    (..., 3, H, W), alone or in nested samples, whose masks, boxes and labels pass through. The output has the kind,
+    dtype, shape, device and memory format of the input. L* stays. An image without tissue comes back unchanged, and
+    with ``preserve_white`` so does white glass.
+
+    Every image has its own offset, unless ``offset`` or ``for_slide`` fixes one for all. The network is frozen: in
+    eval mode, float32 and without gradients to its own parameters, whatever happens to the model around it. Gradients
+    reach the input.
+
+    Args:
+        network: a trained ColorNormNet.
+        preserve_white: as the network was trained, see ``shift_ab``.
+        target: name of the target, for ``repr``.
+        recipe: how the network was trained, for ``repr``.
+        offset: (L*, a*, b*) in Lab units to take away from every image instead of an estimate; L* is not used.
+
+    Raises:
+        TypeError: on a call, if the sample holds no image, or one that is neither uint8 nor floating point.
+        ValueError: on a call, if an image is not of shape (..., 3, H, W), or a PIL image not of mode RGB.
+
+    Example:
+        >>> normalize = NormalizeStain.pretrained()
+        >>> normalize(torch.rand(2, 3, 64, 64)).shape
+        torch.Size([2, 3, 64, 64])
+    """
+
+    offset: Tensor | None
+
+    def __init__(
+        self,
+        network: ColorNormNet,
+        preserve_white: bool = True,
+        *,
+        target: str = "unnamed",
+        recipe: str = "",
+        offset: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        if offset is not None and offset.shape != (3,):
+            raise ValueError(f"expected an offset of shape (3,), got {tuple(offset.shape)}")
+        self.network = network.eval().requires_grad_(False)
+        self.preserve_white = preserve_white
+        self.target = target
+        self.recipe = recipe
+        self.register_buffer("offset", offset)
+        self.eval()
+
+    @classmethod
+    def pretrained(cls, weights: str | os.PathLike[str] = weights_files.DEFAULT) -> NormalizeStain:
+        """Builds the transform from shipped weights, by name, or from a ``.safetensors`` file, by path.
+
+        Raises:
+            ValueError: the name is unknown or the file is damaged.
+            FileNotFoundError: there is no such file.
+        """
+        loaded = weights_files.load(weights)
+        recipe = ", ".join(f"{key}={value}" for key, value in loaded.config.items() if key != "preserve_white")
+        return cls(loaded.network, loaded.config["preserve_white"], target=loaded.target, recipe=recipe)
+
+    def estimate_offset(self, images: Tensor | PIL.Image.Image) -> Tensor:
+        """The offsets that normalizing takes away: (0, a*, b*) in Lab units, (..., 3) for images (..., 3, H, W)."""
+        image = _to_tensor(images)
+        if self.offset is not None:
+            return self.offset.expand(*image.shape[:-3], 3)
+        with torch.autocast(image.device.type, enabled=False):
+            return estimate_offset(self.network, image)
+
+    @torch.no_grad()
+    def for_slide(self, tiles: Iterable[Tensor | PIL.Image.Image]) -> NormalizeStain:
+        """A new transform with one fixed offset for all tiles of a slide, so that no seams appear between them.
+
+        Args:
+            tiles: images of the slide, of any sizes: a batch, a list, batches from a data loader. A few dozen do.
+
+        Returns:
+            A NormalizeStain that takes away the mean of the network's map over the tissue of all tiles, or nothing
+            where none has tissue.
+        """
+        a_sum = b_sum = tissue = 0.0
+        for tile in tiles:
+            image = _to_tensor(tile)
+            sums, shares = tissue_sums(self.network, image)
+            pixels = image.shape[-2] * image.shape[-1]
+            a_sum += pixels * float(sums[..., 0].sum())
+            b_sum += pixels * float(sums[..., 1].sum())
+            tissue += pixels * float(shares.sum())
+        offset = torch.tensor([0.0, a_sum / tissue, b_sum / tissue] if tissue else [0.0, 0.0, 0.0])
+        device = next(self.network.parameters()).device
+        return NormalizeStain(
+            copy.deepcopy(self.network),
+            self.preserve_white,
+            target=self.target,
+            recipe=self.recipe,
+            offset=offset.to(device),
+        )
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return _like(inpt, self._normalize)
+
+    def _normalize(self, image: Tensor) -> Tensor:
+        offset = self.estimate_offset(image)[..., 1:]
+        unmoved = (offset == 0).all(dim=-1)[..., None, None, None]
+        return torch.where(unmoved, image, shift_ab(image, -offset, self.preserve_white))
+
+    def train(self, mode: bool = True) -> NormalizeStain:
+        """Stays in eval mode, whatever ``mode``."""
+        super().train(False)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NormalizeStain:
+        # model.half() and the like move the network to another device but leave it in float32.
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)
+        return self
+
+    def __repr__(self) -> str:
+        parts = [f"target={self.target!r}", f"preserve_white={self.preserve_white}"]
+        if self.offset is not None:
+            parts.append("offset=({:.2f}, {:.2f}, {:.2f})".format(*self.offset.tolist()))
+        if self.recipe:
+            parts.append(f"recipe={self.recipe!r}")
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+class PerturbStain(_ImageTransform):
+    """Shifts a* and b* of images by a random offset: color augmentation, and the self-supervision of ``train``.
+
+    Takes and returns what NormalizeStain does. Each image of a batch has its own offset; the frames of a ``Video``
+    and images of equal leading shape within one sample share theirs. Draws from torch's global generator.
+
+    Args:
+        max_offset: da and db are uniform in [-max_offset, max_offset], in Lab units.
+        preserve_white: whether white glass keeps its color, see ``shift_ab``.
+
+    Example:
+        >>> PerturbStain(max_offset=20)(torch.rand(4, 3, 32, 32)).shape
+        torch.Size([4, 3, 32, 32])
+    """
+
+    def __init__(self, max_offset: float = 20.0, preserve_white: bool = True) -> None:
+        super().__init__()
+        if not 0 <= max_offset < float("inf"):
+            raise ValueError(f"expected a finite max_offset >= 0, got {max_offset}")
+        self.max_offset = max_offset
+        self.preserve_white = preserve_white
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        shapes = dict.fromkeys(_leading_shape(inpt) for inpt in flat_inputs)
+        return {"offsets": {shape: random_offset(shape, self.max_offset) for shape in shapes}}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        offset = params["offsets"][_leading_shape(inpt)]
+
+        def perturb(image: Tensor) -> Tensor:
+            return shift_ab(image, offset.to(image.device), self.preserve_white)
+
+        return _like(inpt, perturb)
+
+
+def _leading_shape(inpt: Any) -> torch.Size:
+    """The shape of the offsets an input takes, less the last dimension."""
+    if isinstance(inpt, PIL.Image.Image | tv_tensors.Video):
+        return torch.Size()
+    check_image(inpt)
+    return inpt.shape[:-3]
+
+
+def _to_tensor(inpt: Tensor | PIL.Image.Image) -> Tensor:
+    if isinstance(inpt, PIL.Image.Image):
+        if inpt.mode != "RGB":
+            raise ValueError(f"expected a PIL image of mode RGB, got {inpt.mode}: convert it first")
+        return pil_to_tensor(inpt)
+    check_image(inpt)
+    return inpt.as_subclass(Tensor) if isinstance(inpt, tv_tensors.TVTensor) else inpt
+
+
+def _like(inpt: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Applies a function of tensors and returns the kind of the input."""
+    out = function(_to_tensor(inpt))
+    if isinstance(inpt, PIL.Image.Image):
+        image = to_pil_image(out)
+        image.info.update(inpt.info)
+        return image
+    return tv_tensors.wrap(out, like=inpt) if isinstance(inpt, tv_tensors.TVTensor) else out

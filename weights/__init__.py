@@ -1,0 +1,127 @@
+"""Trained networks: the shipped ones, and reading and writing of weights files (safetensors)."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors
+import safetensors.torch
+
+from stainnorm_transform.files import replacing
+from stainnorm_transform.network import ColorNormNet
+
+if TYPE_CHECKING:
+    from stainnorm_transform.training import TrainConfig
+
+DEFAULT = "camelyon17"
+METADATA_KEY = "stainnorm_transform"
+MAX_BYTES = 1_000_000
+
+# Shipped weights, NAME.safetensors beside this file: name -> sha256.
+SHA256: dict[str, str] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A trained network and where it comes from.
+
+    Attributes:
+        network: the ColorNormNet, frozen and in eval mode.
+        target: name of the colors it normalizes to.
+        config: the fields of the TrainConfig it was trained with.
+        data: what it was trained on.
+        metrics: figures measured when it was trained.
+        date: day of training, ISO 8601.
+    """
+
+    network: ColorNormNet
+    target: str
+    config: dict[str, Any]
+    data: dict[str, Any] = dataclasses.field(default_factory=dict)
+    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
+    date: str = ""
+
+
+def names() -> list[str]:
+    """Names of the shipped weights."""
+    return sorted(SHA256)
+
+
+def load(name_or_path: str | os.PathLike[str] = DEFAULT) -> Weights:
+    """Loads shipped weights by name, or a weights file by path (anything with a folder or the suffix ``.safetensors``).
+
+    Raises:
+        ValueError: the name is unknown, or the file is not a whole weights file of this package.
+        FileNotFoundError: there is no such file.
+    """
+    name = os.fspath(name_or_path)
+    if name in SHA256:
+        path = Path(__file__).with_name(f"{name}.safetensors")
+    elif Path(name).suffix == ".safetensors" or Path(name).name != name:
+        path = Path(name)
+    else:
+        raise ValueError(
+            f"expected the name of shipped weights ({', '.join(names())}) or the path of a .safetensors file, "
+            f"got {name!r}"
+        )
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"expected a weights file of at most {MAX_BYTES} bytes, got {path.stat().st_size} in {path}")
+    content = path.read_bytes()
+    if name in SHA256 and hashlib.sha256(content).hexdigest() != SHA256[name]:
+        raise ValueError(f"{path} is damaged: its sha256 is not the one published for {name!r}")
+    try:
+        tensors = safetensors.torch.load(content)
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {})[METADATA_KEY])
+        network = ColorNormNet()
+        network.load_state_dict(tensors)
+        weights = Weights(network, **metadata)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"expected a safetensors file, got {path}: {error}") from error
+    except (RuntimeError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"expected the weights of a ColorNormNet, got {path}: {error}") from error
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise ValueError(f"expected finite weights, got NaN or infinity in {path}")
+    network.eval().requires_grad_(False)
+    return weights
+
+
+def save(
+    network: ColorNormNet,
+    path: str | os.PathLike[str],
+    config: TrainConfig,
+    *,
+    target: str | None = None,
+    data: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a weights file that ``load`` and ``NormalizeStain.pretrained`` read.
+
+    Args:
+        network: the trained network.
+        path: the file to write, ``NAME.safetensors``; whole or not at all.
+        config: what it was trained with.
+        target: name of the target colors; by default the file's name.
+        data: what it was trained on, as JSON values.
+        metrics: measured figures, as JSON values.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"expected a path ending in .safetensors, got {path}")
+    metadata = {
+        "target": target or path.stem,
+        "config": dataclasses.asdict(config),
+        "data": dict(data or {}),
+        "metrics": dict(metrics or {}),
+        "date": datetime.date.today().isoformat(),
+    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    with replacing(path) as temporary:
+        safetensors.torch.save_file(tensors, temporary, {METADATA_KEY: json.dumps(metadata)})
