@@ -46,14 +46,12 @@ def main() -> None:
         tiles = torch.stack([image[:, :512, :512] for image in images])
         batches.append(torch.equal(normalize(tiles), torch.stack([normalize(tile) for tile in tiles])))
 
-    print(
-        f"\n{'tissue mean (a*, b*)':24}{'before':>16}{'after':>16}{'spread before':>16}{'after':>10}   n = 6 images each"
-    )
+    print(f"\n{'tissue (a*, b*)':15}{'before':>16}{'after':>16}{'spread before':>16}{'after':>10}   n = 6 images each")
     for center in CENTERS:
         rows = [torch.stack(values)[6 * center : 6 * center + 6] for values in (before, after)]
         means = ["({:.1f}, {:.1f})".format(*values.mean(dim=0).tolist()) for values in rows]
         spreads = [f"{values.std(dim=0).norm():.1f}" for values in rows]
-        print(f"center {center:<17}{means[0]:>16}{means[1]:>16}{spreads[0]:>16}{spreads[1]:>10}")
+        print(f"center {center:<8}{means[0]:>16}{means[1]:>16}{spreads[0]:>16}{spreads[1]:>10}")
     near, far = between_centers(after), between_centers(before)
     print(f"mean distance between centers: before {far:.2f}, after {near:.2f}, ratio {near / far:.3f}")
 

@@ -122,8 +122,7 @@ def one_by_one(function: Callable[..., Tensor], image: Tensor, *rows: Tensor) ->
     batch = image.reshape(count, *image.shape[-3:])
     flat = [row.reshape(count, row.shape[-1]) for row in rows]
     if _one_by_one(image) and count > 1:
-        parts = zip(batch.split(1), *(row.split(1) for row in flat), strict=True)
-        out = torch.cat([function(*part) for part in parts])
+        out = torch.cat([function(*(rows[i : i + 1] for rows in (batch, *flat))) for i in range(count)])
     else:
         out = function(batch, *flat)
     return out.reshape(*leading, *out.shape[1:])

@@ -83,6 +83,8 @@ def load(name_or_path: str | os.PathLike[str] = DEFAULT) -> Weights:
         network = ColorNormNet()
         network.load_state_dict(tensors)
         weights = Weights(network, **metadata)
+        if not isinstance(weights.config["preserve_white"], bool):
+            raise TypeError("config.preserve_white is not a bool")
     except safetensors.SafetensorError as error:
         raise ValueError(f"expected a safetensors file, got {path}: {error}") from error
     except (RuntimeError, KeyError, TypeError, json.JSONDecodeError) as error:

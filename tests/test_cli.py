@@ -1,0 +1,288 @@
+import csv
+import os
+import struct
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from conftest import read, synthetic_tile
+from PIL import Image
+from torchvision.transforms.v2.functional import to_pil_image
+
+from stainnorm_transform import TrainConfig, images, weights
+from stainnorm_transform.cli import main
+
+
+@pytest.fixture
+def trained(tmp_path_factory, random_normalize):
+    """A weights file that moves every tissue by about (-8, 6)."""
+    path = tmp_path_factory.mktemp("weights") / "test.safetensors"
+    weights.save(random_normalize.network, path, TrainConfig())
+    return path
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    def run(*inputs, out="out", options=()):
+        return main(["normalize", *map(str, inputs), "--out", str(tmp_path / out), "--weights", str(trained), *options])
+
+    return run
+
+
+def save(path, image=None, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (to_pil_image(synthetic_tile()) if image is None else image).save(path, **options)
+    return path
+
+
+def test_folders_keep_their_structure_and_inputs_their_content(run, tmp_path, random_normalize, capsys):
+    files = [save(tmp_path / "in" / name) for name in ("a.png", "deep/er/b.tif", "deep/c.TIFF", "d.jpg", "e.JPEG")]
+    (tmp_path / "in/notes.txt").write_text("no image")
+    before = [file.read_bytes() for file in files]
+    single = save(tmp_path / "single.png")
+    assert run(tmp_path / "in", single) == 0
+    out = tmp_path / "out"
+    outputs = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+    assert outputs == ["a.png", "d.jpg", "deep/c.TIFF", "deep/er/b.tif", "e.JPEG", "offsets.csv", "single.png"]
+    assert [file.read_bytes() for file in files] == before
+    expected = random_normalize(synthetic_tile())
+    for name in ("a.png", "deep/er/b.tif", "deep/c.TIFF", "single.png"):
+        assert torch.equal(read(out / name), expected)
+    assert "6 of 6 images normalized to 'test'" in capsys.readouterr().out
+    with (out / "offsets.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6
+    offset = random_normalize.estimate_offset(synthetic_tile())
+    row = next(row for row in rows if row["input"] == str(single))
+    assert row["output"] == str(out / "single.png")
+    assert [float(row["a"]), float(row["b"])] == pytest.approx(offset[1:].tolist(), abs=1e-3)
+
+
+def test_resolution_profile_and_exif_are_kept(run, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name, options in (("a.png", {"exif": exif}), ("a.jpg", {"exif": exif}), ("a.tif", {})):
+        save(tmp_path / "in" / name, dpi=(1000, 1000), icc_profile=b"a profile", **options)
+    assert run(tmp_path / "in") == 0
+    for name in ("a.png", "a.jpg", "a.tif"):
+        with Image.open(tmp_path / "out" / name) as image:
+            assert [float(value) for value in image.info["dpi"]] == pytest.approx([1000, 1000], abs=0.1)
+            assert image.info["icc_profile"] == b"a profile"
+            if name != "a.tif":
+                assert image.getexif()[0x0112] == 6
+
+
+def test_transparency_is_kept_and_counts_as_glass(run, tmp_path, random_normalize):
+    tile = synthetic_tile()
+    image = to_pil_image(tile)
+    alpha = Image.new("L", image.size, 255)
+    alpha.paste(0, (0, 0, 128, 40))
+    image.putalpha(alpha)
+    save(tmp_path / "in/a.png", image)
+    assert run(tmp_path / "in") == 0
+    with Image.open(tmp_path / "out/a.png") as out:
+        assert out.mode == "RGBA"
+        assert out.getchannel("A").tobytes() == alpha.tobytes()
+    flat = tile.clone()
+    flat[:, :40] = 255
+    fixed = random_normalize.for_slide([flat])
+    assert torch.equal(read(tmp_path / "out/a.png"), fixed(tile))
+
+
+def test_palettes_are_resolved(run, tmp_path):
+    image = to_pil_image(synthetic_tile()).quantize(64)
+    save(tmp_path / "a.png", image)
+    assert run(tmp_path / "a.png") == 0
+    with Image.open(tmp_path / "out/a.png") as out:
+        assert out.mode == "RGB"
+
+
+def test_blank_images_are_copied_pixel_for_pixel(run, tmp_path):
+    save(tmp_path / "a.png", Image.new("RGB", (50, 40), (240, 238, 241)))
+    assert run(tmp_path / "a.png") == 0
+    assert torch.equal(read(tmp_path / "out/a.png"), read(tmp_path / "a.png"))
+
+
+def make_bad(kind, path):
+    tile = synthetic_tile().permute(1, 2, 0).numpy()
+    if kind == "truncated":
+        save(path)
+        path.write_bytes(path.read_bytes()[:2000])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("not an image")
+    elif kind == "16 bits":
+        tifffile.imwrite(path, tile.astype(np.uint16) * 257, photometric="rgb")
+    elif kind == "pages":
+        tifffile.imwrite(path, np.stack([tile, tile]), photometric="rgb")
+    else:
+        save(path, to_pil_image(synthetic_tile()).convert(kind))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "message"),
+    [
+        ("truncated", "bad.png", "truncated"),
+        ("truncated", "bad.jpg", "truncated"),
+        ("truncated", "bad.tif", ""),
+        ("empty", "bad.png", "cannot identify"),
+        ("text", "bad.tif", "cannot identify"),
+        ("L", "bad.png", r"grey image \(mode L\)"),
+        ("L", "bad.jpg", r"grey image \(mode L\)"),
+        ("1", "bad.png", "grey"),
+        ("LA", "bad.png", "grey"),
+        ("I;16", "bad.png", "16 bits"),
+        ("CMYK", "bad.jpg", "color model CMYK"),
+        ("16 bits", "bad.tif", "16 bits a channel"),
+        ("pages", "bad.tif", "2 pages"),
+    ],
+)
+def test_a_bad_file_is_named_and_the_rest_goes_on(run, tmp_path, capsys, kind, name, message):
+    save(tmp_path / "in/a.png")
+    make_bad(kind, tmp_path / "in" / name)
+    save(tmp_path / "in/z.png")
+    assert run(tmp_path / "in") == 1
+    captured = capsys.readouterr()
+    assert "2 of 3 images normalized" in captured.out
+    line = next(line for line in captured.err.splitlines() if name in line)
+    assert message.replace("\\", "") in line
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "offsets.csv", "z.png"]
+
+
+def test_16_bit_png_is_refused(run, tmp_path, capsys):
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)  # 2 x 2, 16 bits, RGB
+    rows = zlib.compress(2 * (b"\0" + 2 * 3 * b"\x12\x34"))
+    content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    (tmp_path / "a.png").write_bytes(content)
+    assert run(tmp_path / "a.png") == 1
+    assert "16 bits a channel" in capsys.readouterr().err
+
+
+def test_decompression_bombs_are_refused(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    save(tmp_path / "a.png")
+    assert run(tmp_path / "a.png") == 1
+    assert "decompression bomb" in capsys.readouterr().err
+
+
+def test_other_files_are_refused_by_name(run, tmp_path, capsys):
+    (tmp_path / "slide.svs").write_bytes(b"abc")
+    assert run(tmp_path / "slide.svs") == 1
+    assert "slide.svs: cannot identify" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("make", "inputs", "message"),
+    [
+        ("", ["nowhere"], "nowhere does not exist"),
+        ("empty/notes.txt", ["empty"], r"no images (.png, .jpg, .jpeg, .tif, .tiff) in"),
+        ("x/a.png y/a.png", ["x", "y"], "would both be written to"),
+    ],
+)
+def test_nothing_is_written_where_the_plan_is_wrong(run, tmp_path, capsys, make, inputs, message):
+    for name in make.split():
+        save(tmp_path / name) if name.endswith("png") else (tmp_path / "empty").mkdir()
+    assert run(*(tmp_path / name for name in inputs)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_inputs_are_never_overwritten(run, tmp_path, capsys):
+    path = save(tmp_path / "in/a.png")
+    before = path.read_bytes()
+    assert run(tmp_path / "in", out="in") == 2
+    assert "would be overwritten" in capsys.readouterr().err
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    assert run(path, out="link") == 2
+    assert path.read_bytes() == before
+
+
+def test_an_output_folder_inside_the_input_is_not_searched(run, tmp_path):
+    save(tmp_path / "in/a.png")
+    for _ in range(2):
+        assert run(tmp_path / "in", out="in/out") == 0
+    assert sorted(path.name for path in (tmp_path / "in/out").rglob("*.png")) == ["a.png"]
+
+
+def test_a_failed_write_leaves_the_old_output_and_no_temporary_file(run, tmp_path, monkeypatch, capsys):
+    save(tmp_path / "a.png")
+    assert run(tmp_path / "a.png") == 0
+    before = (tmp_path / "out/a.png").read_bytes()
+    original = Image.Image.save
+
+    def fail(self, path, **options):
+        original(self, path, **options)
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    assert run(tmp_path / "a.png") == 1
+    assert "No space left" in capsys.readouterr().err
+    assert (tmp_path / "out/a.png").read_bytes() == before
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "offsets.csv"]
+
+
+def test_overview_shows_pairs(run, tmp_path):
+    for index in range(40):
+        save(tmp_path / f"in/{index:02}.png", to_pil_image(synthetic_tile(index, 32)))
+    assert run(tmp_path / "in", options=["--overview"]) == 0
+    with Image.open(tmp_path / "out/overview.png") as sheet:
+        assert sheet.size == (3 * (2 * 256 + 3 * 8), 8 * (256 + 18 + 8))
+
+
+def test_contact_sheet_keeps_thumbnails_and_long_captions():
+    before, after = Image.new("RGB", (500, 250), "red"), Image.new("RGBA", (10, 20), (0, 0, 255, 255))
+    sheet = images.contact_sheet([("name " * 100, images.thumbnail(before), images.thumbnail(after))])
+    colors = {color: count for count, color in sheet.getcolors(10**6)}
+    assert colors[(255, 0, 0)] == 256 * 128
+    assert colors[(0, 0, 255)] == 200
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--weights", "nothing"], "expected the name of shipped weights"),
+        (["--weights", "none.safetensors"], "none.safetensors"),
+        (["--device", "warp"], "device 'warp' cannot be used"),
+    ],
+)
+def test_bad_options(run, tmp_path, capsys, options, message):
+    save(tmp_path / "a.png")
+    assert run(tmp_path / "a.png", options=options) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_list_names_the_default(capsys):
+    assert main(["list"]) == 0
+    assert f"{weights.DEFAULT} (default)" in capsys.readouterr().out
+
+
+def test_help_fits_the_terminal_and_the_command_is_installed():
+    for arguments in ([], ["normalize"], ["list"]):
+        result = subprocess.run(
+            [os.path.join(os.path.dirname(sys.executable), "stainnorm"), *arguments, "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "COLUMNS": "80"},
+        )
+        assert "usage: stainnorm" in result.stdout
+        assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("folder", ["edge_cases", "monuseg/images"])
+def test_real_images_go_through(data, run, tmp_path, folder):
+    assert run(data / folder) == 0
+    for path in (data / folder).iterdir():
+        before, after = read(path), read(tmp_path / "out" / path.name)
+        assert before.shape == after.shape
+        if "no-tissue" in path.name:
+            assert torch.equal(before, after)

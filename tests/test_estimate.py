@@ -1,0 +1,94 @@
+import pytest
+import torch
+from conftest import read, synthetic_tile
+from kornia.color import rgb_to_lab
+
+from stainnorm_transform import ColorNormNet, NormalizeStain
+from stainnorm_transform.estimate import small_copy, tissue_weight
+
+NO_TISSUE = [
+    "no-tissue.png",
+    "no-tissue2.png",
+    "no-tissue-line.png",
+    "no-tissue-green-pen.png",
+    "no-tissue-red-pen.png",
+]
+NO_TISSUE += ["almost-white-1.png", "almost-white-ihc.png", "liver-level2-38626-13514-39426-14315.png"]
+TISSUE = ["almost-white-2.png", "high-nuclei-score-level2.png", "low-nuclei-score-level0.png"]
+TISSUE += ["very-low-nuclei-score-level0.png", "kidney-ihc-level0-350-530-360-540.png"]
+
+
+def tissue_share(image: torch.Tensor) -> float:
+    return (tissue_weight(rgb_to_lab(small_copy(image[None]))) > 0).float().mean().item()
+
+
+@pytest.mark.parametrize("name", NO_TISSUE)
+def test_blank_tiles_and_pen_come_back_unchanged(data, random_normalize, name):
+    image = read(data / "edge_cases" / name)
+    assert random_normalize.estimate_offset(image).eq(0).all()
+    assert torch.equal(random_normalize(image), image)
+
+
+@pytest.mark.parametrize("name", TISSUE)
+def test_little_or_pale_tissue_is_still_tissue(data, random_normalize, name):
+    assert random_normalize.estimate_offset(read(data / "edge_cases" / name))[1:].ne(0).all()
+
+
+def test_almost_all_of_real_tissue_counts(data):
+    for center in range(5):
+        for path in (data / "camelyon17" / f"center_{center}").iterdir():
+            assert tissue_share(read(path)) > 0.7, path
+
+
+@pytest.mark.parametrize("value", [0, 128, 255])
+def test_images_of_one_color_have_no_tissue(random_normalize, value):
+    for size in ((1, 1), (3, 500), (64, 64)):
+        image = torch.full((3, *size), value, dtype=torch.uint8)
+        assert random_normalize.estimate_offset(image).tolist() == [0, 0, 0]
+
+
+def test_glass_and_black_do_not_count_and_dark_tissue_counts_more(tile):
+    lab = rgb_to_lab(tile[None] / 255)
+    weight = tissue_weight(lab)
+    assert weight[lab[:, :1] > 88].eq(0).all()
+    lightness, weights = lab[:, 0].flatten(), weight.flatten()
+    assert weights[lightness < 40].mean() > 2 * weights[(lightness > 50) & (lightness < 80)].mean() > 0
+    assert tissue_weight(rgb_to_lab(tile[None] / 255 * 0.05)).eq(0).all()
+
+
+def test_the_mean_is_over_the_tissue(tile):
+    class Ramp(ColorNormNet):
+        """Predicts a* = column, b* = L*."""
+
+        def forward(self, lab):
+            column = torch.arange(lab.shape[-1]).float().expand_as(lab[:, :1])
+            return torch.cat([torch.zeros_like(column), column, lab[:, :1]], dim=1)
+
+    lab = rgb_to_lab(tile[None] / 255)
+    weight = tissue_weight(lab)[0, 0].double()
+    expected = [
+        (weight * torch.arange(128)).sum() / weight.sum(),
+        (weight * lab[0, 0]).sum() / weight.sum(),
+    ]
+    estimate = NormalizeStain(Ramp()).estimate_offset(tile)
+    torch.testing.assert_close(estimate[1:].double(), torch.stack(expected), atol=1e-4, rtol=0)
+    assert estimate[0] == 0
+
+
+def test_large_images_are_seen_as_small_copies():
+    assert small_copy(torch.zeros(1, 3, 2048, 1024)).shape == (1, 3, 128, 64)
+    assert small_copy(torch.zeros(1, 3, 5000, 2)).shape == (1, 3, 128, 1)
+    image = torch.rand(1, 3, 100, 128)
+    assert torch.equal(small_copy(image), image)
+    blocks = torch.rand(1, 3, 256, 256)
+    expected = blocks.reshape(1, 3, 128, 2, 128, 2).mean(dim=(3, 5))
+    torch.testing.assert_close(small_copy(blocks), expected)
+
+
+def test_nan_counts_as_glass(random_normalize):
+    tile = synthetic_tile() / 255
+    holes = torch.rand(128, 128, generator=torch.Generator().manual_seed(0)) < 0.01
+    with_nan, with_white = tile.clone(), tile.clone()
+    with_nan[:, holes], with_white[:, holes] = torch.nan, 1.0
+    torch.testing.assert_close(random_normalize.estimate_offset(with_nan), random_normalize.estimate_offset(with_white))
+    assert torch.equal(random_normalize(with_nan).isnan(), holes.expand(3, -1, -1))

@@ -1,0 +1,133 @@
+import pytest
+import torch
+from conftest import synthetic_tile
+from kornia.color import rgb_to_lab
+
+from stainnorm_transform import ColorNormNet, NormalizeStain, TrainConfig, train
+from stainnorm_transform.color import shift_ab
+from stainnorm_transform.training import _Crops, offset_errors, offset_loss
+
+SHORT = TrainConfig(iterations=4, batch_size=4, crop=32, scales=(1.0, 2.0), report_every=2)
+
+
+class Constant(ColorNormNet):
+    """Predicts the same offset everywhere."""
+
+    def __init__(self, *offset):
+        super().__init__()
+        self.register_buffer("constant", torch.tensor(offset).view(3, 1, 1))
+
+    def forward(self, lab):
+        return self.constant.expand_as(lab)
+
+
+def test_loss_is_l1_plus_lambda_l2_of_map_and_mean():
+    crops = torch.stack([synthetic_tile(seed) for seed in range(3)]) / 255
+    offset = torch.tensor([[5.0, -7.0]] * 3)
+    right = offset_loss(Constant(0.0, 5.0, -7.0), crops, offset, TrainConfig())
+    assert right.item() == pytest.approx(0, abs=1e-4)
+    wrong = offset_loss(Constant(1.0, 5.0, -3.0), crops, offset, TrainConfig(l2_weight=0.5))
+    # Errors (1, 0, 4) everywhere: L1 + 0.5 L2 is 1.5 and 12, averaged over channels, for the map and for its mean.
+    assert wrong.item() == pytest.approx(2 * (1.5 + 12) / 3, rel=1e-4)
+
+
+def test_offset_errors_are_estimated_minus_true_offsets():
+    images = [synthetic_tile(seed) for seed in range(2)]
+    errors = offset_errors(Constant(0.0, 1.0, 2.0).eval(), images, max_offset=20, draws=500)
+    assert errors.shape == (2, 500, 2)
+    assert errors.std(dim=1).mean().item() == pytest.approx(20 / 3**0.5, rel=0.1)
+    assert ((errors - torch.tensor([1.0, 2.0])).abs() <= 20 + 1e-4).all()
+    assert torch.equal(errors, offset_errors(Constant(0.0, 1.0, 2.0).eval(), images, max_offset=20, draws=500))
+
+
+def test_training_learns_the_offset():
+    reports = []
+    tiles = [synthetic_tile(seed) for seed in range(4)]
+    config = TrainConfig(iterations=75, batch_size=8, crop=32, scales=(1.0, 1.0), report_every=25)
+    network = train(tiles, config, held_out=[synthetic_tile(9)], report=reports.append)
+    assert [report.iteration for report in reports] == [25, 50, 75]
+    # Offsets of up to 30 are 15 off on average when nothing is learned.
+    assert max(reports[-1].held_out_error) < 8
+    normalize = NormalizeStain(network)
+    tile = synthetic_tile(10)
+    shifted = shift_ab(tile, torch.tensor([15.0, 15.0]))
+    moved = (normalize.estimate_offset(shifted) - normalize.estimate_offset(tile))[1:]
+    assert moved.min() > 5
+
+
+def test_the_same_seed_gives_the_same_network():
+    tiles = [synthetic_tile(0), synthetic_tile(1, 100) / 255]
+    first, second = (train(tiles, SHORT, report=lambda _: None).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other = train(tiles, TrainConfig(**{**vars(SHORT), "seed": 1}), report=lambda _: None).state_dict()
+    assert not torch.equal(first["stem.weight"], other["stem.weight"])
+
+
+def test_returns_a_frozen_network_and_prints_progress(capsys):
+    network = train([synthetic_tile()], SHORT, held_out=[synthetic_tile(1)])
+    assert not network.training
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert lines[1].startswith("iteration 4: loss ")
+    assert "held-out error a* " in lines[1]
+
+
+def test_tiles_are_drawn_equally_often_and_crops_hold_tissue():
+    pale = synthetic_tile(0, 128)
+    large = shift_ab(synthetic_tile(1, 512), torch.tensor([0.0, 40.0]))
+    crops = _Crops([pale, large], TrainConfig(crop=32, scales=(1.0, 2.0)))
+    means = []
+    for index in range(200):
+        crop, offset = crops[index]
+        assert crop.shape == (3, 32, 32)
+        assert offset.abs().max() <= 40
+        lab = rgb_to_lab(crop)
+        assert (lab[0] < 88).float().mean() >= 0.3
+        means.append(lab[2].mean() > 0)
+    assert 60 < sum(means) < 140
+
+
+def test_paper_recipe_shifts_white_as_well():
+    crops = torch.ones(1, 3, 16, 16)
+    offset = torch.tensor([[10.0, 10.0]])
+    for preserve_white, moved in ((True, False), (False, True)):
+        seen = []
+        network = ColorNormNet()
+        network.stem.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
+        offset_loss(network, crops, offset, TrainConfig(preserve_white=preserve_white))
+        assert (seen[0][:, 1:].abs().max() > 0.1) == moved
+
+
+@pytest.mark.parametrize(
+    ("tiles", "message"),
+    [
+        ([], "at least one tile, got none"),
+        ([torch.full((3, 64, 64), 255, dtype=torch.uint8)], "no crop with 30% tissue"),
+        ([torch.full((3, 64, 64), 90, dtype=torch.uint8)], "no crop with 30% tissue"),
+        ([torch.zeros(3, 20, 64)], "at least 32 x 32 pixels, got 20 x 64"),
+        ([torch.zeros(4, 64, 64)], r"shape \(\.\.\., 3, H, W\)"),
+    ],
+)
+def test_bad_tiles(tiles, message):
+    with pytest.raises(ValueError, match=message):
+        train(tiles, SHORT)
+
+
+def test_loss_that_is_not_finite_stops_the_run():
+    with pytest.raises(ValueError, match=r"the loss is (nan|inf) at iteration"):
+        train([synthetic_tile()], TrainConfig(iterations=50, batch_size=2, crop=32, learning_rate=1e30))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"iterations": 0}, "iterations >= 1, got 0"),
+        ({"batch_size": 0}, "batch_size >= 1"),
+        ({"scales": (0.5, 2)}, r"scales \(low, high\)"),
+        ({"scales": (4, 2)}, r"got \(4, 2\)"),
+    ],
+)
+def test_bad_config(fields, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**fields)

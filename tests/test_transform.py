@@ -1,0 +1,262 @@
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from conftest import read, synthetic_tile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kornia.color import rgb_to_lab
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader
+from torchvision import transforms as v1
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+
+from stainnorm_transform import ColorNormNet, NormalizeStain, PerturbStain
+from stainnorm_transform.color import shift_ab
+
+KINDS = ["NormalizeStain", "fixed offset", "PerturbStain"]
+DTYPES = [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.fixture(params=KINDS)
+def transform(request, random_normalize):
+    if request.param == "fixed offset":
+        return random_normalize.for_slide([synthetic_tile()])
+    return random_normalize if request.param == "NormalizeStain" else PerturbStain(20)
+
+
+def as_dtype(image: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return image if dtype == torch.uint8 else (image / 255).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 64, 48), (2, 3, 64, 48), (2, 2, 3, 32, 32), (0, 3, 64, 48), (3, 1, 1)])
+def test_keeps_shape_and_dtype_and_does_not_write_to_its_input(transform, tile, dtype, shape):
+    image = as_dtype(tile[:, : shape[-2], : shape[-1]].expand(shape).clone(), dtype)
+    before = image.clone()
+    out = transform(image)
+    assert (out.shape, out.dtype, out.device) == (image.shape, dtype, image.device)
+    assert torch.equal(image, before)
+
+
+def test_keeps_memory_format(transform, tile):
+    image = tile.expand(2, 3, 128, 128).contiguous(memory_format=torch.channels_last)
+    assert transform(image).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("kind", [tv_tensors.Image, tv_tensors.Video])
+def test_keeps_tensor_kinds(transform, tile, kind):
+    out = transform(kind(tile.expand(2, 3, 128, 128)))
+    assert type(out) is kind
+
+
+def test_pil_images_equal_tensors_and_keep_their_info(random_normalize, tile):
+    image = to_pil_image(tile)
+    image.info.update(dpi=(300, 300), icc_profile=b"profile")
+    out = random_normalize(image)
+    assert isinstance(out, Image.Image)
+    assert (out.mode, out.size, out.info) == ("RGB", image.size, image.info)
+    assert torch.equal(pil_to_tensor(out), random_normalize(tile))
+    assert torch.equal(pil_to_tensor(image), tile)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (97, 63), (300, 260)])
+def test_a_uint8_batch_equals_its_images_bit_for_bit(random_normalize, size):
+    images = torch.stack([synthetic_tile(seed, 300)[:, : size[0], : size[1]] for seed in range(5)])
+    images[2] = 255
+    assert torch.equal(random_normalize(images), torch.stack([random_normalize(image) for image in images]))
+
+
+def test_takes_away_what_it_estimates(random_normalize, tile):
+    image = tile / 255
+    offset = random_normalize.estimate_offset(image)
+    assert offset.shape == (3,)
+    assert offset[1:].abs().min() > 0.1
+    expected = shift_ab(image, -offset[1:])
+    assert torch.equal(random_normalize(image), expected)
+
+
+def test_samples_keep_masks_boxes_and_labels(transform, tile):
+    sample = {
+        "image": tv_tensors.Image(tile),
+        "nested": [tv_tensors.Mask(torch.ones(128, 128)), ("tumor", 7)],
+        "boxes": tv_tensors.BoundingBoxes(torch.tensor([[1, 2, 3, 4]]), format="XYXY", canvas_size=(128, 128)),
+        "label": torch.tensor(1),
+    }
+    out = transform(sample)
+    assert not torch.equal(out["image"], tile)
+    assert out["nested"][0] is sample["nested"][0]
+    assert out["nested"][1] == ("tumor", 7)
+    assert out["boxes"] is sample["boxes"]
+    assert out["label"] is sample["label"]
+    image, label = transform(tile, torch.tensor(3))
+    assert image.shape == tile.shape
+    assert label == 3
+
+
+def test_in_compose_and_data_loader(transform, tile):
+    pil = to_pil_image(tile)
+    for compose in (v1.Compose([transform, v1.ToTensor()]), v2.Compose([transform, v2.ToImage()])):
+        assert compose(pil).shape == (3, 128, 128)
+    image, label = v2.Compose([v2.ToImage(), transform])(pil, 3)
+    assert (image.shape, label) == ((3, 128, 128), 3)
+    batch = next(iter(DataLoader(_Tiles(tile, transform), batch_size=2, num_workers=1)))
+    assert batch.shape == (2, 3, 128, 128)
+
+
+class _Tiles(torch.utils.data.Dataset):
+    def __init__(self, tile, transform):
+        self.tile, self.transform = tile, transform
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return self.transform(self.tile)
+
+
+def test_is_frozen_whatever_the_model_does(random_normalize, tile):
+    image = (tile / 255)[None].requires_grad_()
+    model = nn.Sequential(random_normalize, nn.Conv2d(3, 4, 3), nn.Flatten(), nn.LazyLinear(2))
+    expected = random_normalize(image)
+    model.train()
+    assert not any(module.training for module in random_normalize.modules())
+    assert not any(parameter.requires_grad for parameter in random_normalize.parameters())
+    state = copy.deepcopy(random_normalize.state_dict())
+    model(image).sum().backward()
+    assert image.grad.isfinite().all()
+    assert image.grad.abs().sum() > 0
+    assert model[1].weight.grad is not None
+    assert all(torch.equal(value, random_normalize.state_dict()[name]) for name, value in state.items())
+    assert torch.equal(random_normalize(image), expected)
+
+
+def test_gradient_to_the_input_is_right(random_normalize):
+    tile = synthetic_tile(size=12).double() / 255
+    fixed = random_normalize.for_slide([synthetic_tile()])
+    image = (0.1 + 0.8 * tile).requires_grad_()
+    assert torch.autograd.gradcheck(fixed, image)
+
+
+def test_computes_in_float32_under_autocast_and_half(random_normalize, tile):
+    image = tile / 255
+    expected = random_normalize(image)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(random_normalize(image), expected)
+    halved = nn.Sequential(copy.deepcopy(random_normalize)).half()
+    assert torch.equal(halved(image), expected)
+    assert halved(image.half()).dtype == torch.float16
+
+
+def test_pickles_copies_and_restores(transform, tile):
+    torch.manual_seed(0)
+    expected = transform(tile)
+    for clone in (pickle.loads(pickle.dumps(transform)), copy.deepcopy(transform)):
+        torch.manual_seed(0)
+        assert torch.equal(clone(tile), expected)
+
+
+def test_state_dict_restores_the_network(random_normalize, tile):
+    other = NormalizeStain(ColorNormNet())
+    other.load_state_dict(random_normalize.state_dict())
+    assert torch.equal(other(tile), random_normalize(tile))
+
+
+def test_compiles_without_graph_break(random_normalize, tile):
+    model = nn.Sequential(random_normalize, nn.Conv2d(3, 4, 3))
+    image = (tile / 255).expand(2, -1, -1, -1)
+    torch._dynamo.reset()
+    out = torch.compile(model, fullgraph=True, backend="eager")(image)
+    torch.testing.assert_close(out, model(image), atol=1e-4, rtol=0)
+
+
+def test_for_slide_is_one_offset_for_all(random_normalize):
+    tiles = [synthetic_tile(seed, size) for seed, size in enumerate((64, 128, 100))]
+    blank = torch.full((3, 64, 64), 255, dtype=torch.uint8)
+    slide = random_normalize.for_slide([*tiles, blank, to_pil_image(tiles[0])])
+    offsets = torch.stack([random_normalize.estimate_offset(tile) for tile in tiles])
+    low, high = offsets.min(dim=0).values, offsets.max(dim=0).values
+    assert ((slide.offset >= low) & (slide.offset <= high)).all()
+    assert torch.equal(slide.estimate_offset(torch.stack([tiles[0]] * 2)), slide.offset.expand(2, 3))
+    wide = synthetic_tile(7, 256)
+    halves = torch.cat([slide(wide[..., :100]), slide(wide[..., 100:])], dim=-1)
+    assert torch.equal(slide(wide), halves)
+    same = random_normalize.for_slide(torch.stack([tiles[1]] * 3))
+    torch.testing.assert_close(same.offset, random_normalize.estimate_offset(tiles[1]))
+
+
+def test_for_slide_without_tissue_changes_nothing(random_normalize, tile):
+    slide = random_normalize.for_slide([torch.full((3, 64, 64), 255, dtype=torch.uint8)])
+    assert torch.equal(slide(tile), tile)
+
+
+def test_repr_tells_target_and_recipe(random_normalize):
+    random_normalize.recipe = "iterations=10"
+    text = repr(random_normalize.for_slide([synthetic_tile()]))
+    assert text.startswith("NormalizeStain(target='random', preserve_white=True, offset=(0.00, ")
+    assert text.endswith("recipe='iterations=10')")
+
+
+@pytest.mark.parametrize(
+    ("sample", "error", "message"),
+    [
+        (torch.zeros(4, 64, 64), ValueError, r"shape \(\.\.\., 3, H, W\).*\(4, 64, 64\)"),
+        (torch.zeros(64, 64), ValueError, r"\(64, 64\)"),
+        (torch.zeros(3, 0, 64), ValueError, r"\(3, 0, 64\)"),
+        (torch.zeros(3, 64, 64, dtype=torch.int64), TypeError, "int64"),
+        (torch.zeros(3, 64, 64, dtype=torch.int16), TypeError, "int16"),
+        (Image.new("L", (8, 8)), ValueError, "mode RGB, got L"),
+        (Image.new("RGBA", (8, 8)), ValueError, "mode RGB, got RGBA"),
+        (np.zeros((8, 8, 3), np.uint8), TypeError, "expected a PIL image or an image tensor.*ndarray"),
+        ({"label": 3}, TypeError, "got int"),
+    ],
+)
+def test_bad_input(transform, sample, error, message):
+    with pytest.raises(error, match=message):
+        transform(sample)
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match=r"offset of shape \(3,\), got \(2,\)"):
+        NormalizeStain(ColorNormNet(), offset=torch.zeros(2))
+    for max_offset in (-1, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="finite max_offset >= 0"):
+            PerturbStain(max_offset)
+
+
+@given(max_offset=st.floats(0, 15), seed=st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_perturb_shifts_tissue_by_at_most_max_offset(max_offset, seed):
+    torch.manual_seed(seed)
+    image = synthetic_tile(size=32).double() / 255
+    perturbed = PerturbStain(max_offset)(image)
+    inside = ((perturbed > 1e-6) & (perturbed < 1 - 1e-6)).all(dim=0)
+    shift = (rgb_to_lab(perturbed) - rgb_to_lab(image))[:, inside]
+    assert shift[1:].abs().max() <= max_offset + 0.01
+    assert shift[0].abs().max() < 0.01
+
+
+def test_perturb_draws_per_image_and_once_per_sample_and_video(tile):
+    torch.manual_seed(0)
+    perturb = PerturbStain(20)
+    batch = perturb(tile.expand(4, 3, 128, 128))
+    assert len({image.numpy().tobytes() for image in batch}) == 4
+    video = perturb(tv_tensors.Video(tile.expand(2, 3, 128, 128)))
+    assert torch.equal(video[0], video[1])
+    first, second = perturb((tv_tensors.Image(tile), tv_tensors.Image(tile)))
+    assert torch.equal(first, second)
+    torch.manual_seed(5)
+    one = perturb(tile)
+    torch.manual_seed(5)
+    assert torch.equal(perturb(tile), one)
+
+
+def test_real_tiles_in_one_batch_equal_themselves(data, random_normalize):
+    paths = sorted((data / "camelyon17/center_1").glob("*.png"))
+    images = torch.stack([read(path) for path in paths])
+    assert torch.equal(random_normalize(images), torch.stack([random_normalize(image) for image in images]))
