@@ -10,8 +10,9 @@ from torch import Tensor
 from stainnorm_transform.color import one_by_one
 from stainnorm_transform.network import ColorNormNet
 
-# The network sees an area-downsampled copy with this many pixels on the longer side at most.
+# The network sees an area-downsampled copy: down to this many pixels on the longer side, but by MAX_SCALE at most.
 COPY_SIDE = 128
+MAX_SCALE = 8.0
 
 # Tissue is neither white glass nor black, ...
 TISSUE_LIGHTNESS = (10.0, 88.0)
@@ -23,7 +24,7 @@ TISSUE_TEXTURE = 0.02
 # An image with a smaller share of tissue than this has none: dust, a cover slip's edge.
 TISSUE_SHARE = 0.02
 # Dark tissue weighs more, by this power: the color of its dense stain varies least from slide to slide of one lab.
-DARKNESS_POWER = 2.0
+DARKNESS_POWER = 3.0
 
 
 def estimate_offset(network: ColorNormNet, image: Tensor) -> Tensor:
@@ -57,14 +58,15 @@ def tissue_sums(network: ColorNormNet, image: Tensor) -> tuple[Tensor, Tensor]:
     return sums[..., :2], sums[..., 2]
 
 
-def small_copy(image: Tensor, side: int = COPY_SIDE) -> Tensor:
-    """Float32 copy of (N, 3, H, W), area-averaged to ``side`` pixels on the longer side, never enlarged."""
+def small_copy(image: Tensor, scale: float | None = None) -> Tensor:
+    """Float32 copy of (N, 3, H, W), smaller by ``scale``, each pixel the mean over its area."""
     image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
     image = torch.nan_to_num(image, nan=1.0, posinf=1.0, neginf=0.0).clamp(0, 1)
     height, width = image.shape[-2:]
-    factor = side / max(height, width, side)
-    size = (max(1, round(height * factor)), max(1, round(width * factor)))
-    return F.interpolate(image, size=size, mode="area") if factor < 1 else image
+    if scale is None:
+        scale = min(max(height, width, COPY_SIDE) / COPY_SIDE, MAX_SCALE)
+    size = (max(1, round(height / scale)), max(1, round(width / scale)))
+    return F.interpolate(image, size=size, mode="area") if size != (height, width) else image
 
 
 def tissue_weight(lab: Tensor) -> Tensor:

@@ -205,7 +205,7 @@ class _Crops(Dataset[tuple[Tensor, Tensor]]):
         scale = math.exp(low + (high - low) * float(torch.rand((), generator=generator)))
         side = min(round(crop * scale), height, width)
         top, left = _randint(height - side + 1, generator), _randint(width - side + 1, generator)
-        region = small_copy(tile[None, :, top : top + side, left : left + side], crop)
+        region = small_copy(tile[None, :, top : top + side, left : left + side], side / crop)
         turned = torch.rot90(region, _randint(4, generator), dims=(-2, -1))
         return turned.flip(-1) if _randint(2, generator) else turned
 
