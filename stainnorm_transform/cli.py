@@ -18,7 +18,9 @@ from stainnorm_transform.color import shift_ab
 from stainnorm_transform.files import replacing
 from stainnorm_transform.transform import NormalizeStain
 
-OVERVIEW_ROWS = 24
+TABLE = "offsets.csv"
+OVERVIEW = "overview.png"
+OVERVIEW_PAIRS = 24
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,10 +49,9 @@ def _parser() -> argparse.ArgumentParser:
         help="give images the colors of the target",
         description="Gives H&E images (PNG, JPEG, TIFF; 8-bit RGB or RGBA) the colors of the target. Every image "
         "gets one a*, b* offset of its own; lightness and white glass stay, and images without tissue come back "
-        "unchanged. "
-        "Resolution, ICC profile and transparency are kept.",
-        epilog="DIR/offsets.csv lists the offset that was taken from each image. Files that cannot be normalized are "
-        "named at the end, and the exit status is then 1.",
+        "unchanged. Resolution, ICC profile and transparency are kept.",
+        epilog="DIR/offsets.csv lists the offset that was taken from each image of this run. Files that cannot be "
+        "normalized are named at the end, and the exit status is then 1.",
     )
     normalize.add_argument(
         "inputs", nargs="+", type=Path, metavar="INPUT", help="image, or folder of images, searched with its subfolders"
@@ -65,12 +66,12 @@ def _parser() -> argparse.ArgumentParser:
         help="the target: a name that 'stainnorm list' shows, or a .safetensors file (default: %(default)s)",
     )
     normalize.add_argument(
-        "--device", help="where to compute: cpu, cuda, cuda:1, mps (default: cuda if there is one, else cpu)"
+        "--device", help="where to compute: cpu, cuda, cuda:1 (default: cuda if there is one, else cpu)"
     )
     normalize.add_argument(
         "--overview",
         action="store_true",
-        help=f"also write DIR/overview.png: up to {OVERVIEW_ROWS} images before and after, evenly chosen",
+        help=f"also write DIR/overview.png: up to {OVERVIEW_PAIRS} images before and after, evenly chosen",
     )
     normalize.set_defaults(run=_normalize)
 
@@ -80,12 +81,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _normalize(options: argparse.Namespace) -> int:
-    outputs = images.plan(options.inputs, options.out)
+    outputs = images.plan(options.inputs, options.out, [TABLE, OVERVIEW] if options.overview else [TABLE])
     transform = NormalizeStain.pretrained(options.weights).to(_device(options.device))
     options.out.mkdir(parents=True, exist_ok=True)
-    shown = {round(index * (len(outputs) - 1) / (OVERVIEW_ROWS - 1)) for index in range(OVERVIEW_ROWS)}
+    shown = {round(index * (len(outputs) - 1) / (OVERVIEW_PAIRS - 1)) for index in range(OVERVIEW_PAIRS)}
     table: list[tuple[str, str, str, str]] = []
-    sheet: list[tuple[str, Image.Image, Image.Image]] = []
+    pairs: list[tuple[str, Image.Image, Image.Image]] = []
     failed: list[str] = []
     try:
         for index, (path, output) in enumerate(tqdm(outputs.items(), unit="image", disable=None)):
@@ -94,20 +95,23 @@ def _normalize(options: argparse.Namespace) -> int:
                 after, a, b = _normalize_one(transform, before)
                 images.write(after, output, like=before)
             except Exception as error:
-                failed.append(f"{path}: {error}")
+                failed.append(f"{path}: {error or type(error).__name__}")
                 continue
             table.append((str(path), str(output), f"{a:.3f}", f"{b:.3f}"))
             if options.overview and index in shown:
-                caption = f"{output.relative_to(options.out)}  a* {-a:+.1f}  b* {-b:+.1f}"
-                sheet.append((caption, images.thumbnail(before), images.thumbnail(after)))
+                caption = f"{output.relative_to(options.out)}  offset a* {a:+.1f}, b* {b:+.1f}"
+                pairs.append((caption, images.thumbnail(before), images.thumbnail(after)))
     finally:
-        with replacing(options.out / "offsets.csv") as temporary, temporary.open("w", newline="") as file:
-            csv.writer(file).writerows([("input", "output", "a", "b"), *table])
-        if sheet:
-            images.write(images.contact_sheet(sheet), options.out / "overview.png", like=sheet[0][1])
-    print(f"{len(table)} of {len(outputs)} images normalized to {transform.target!r}, written to {options.out}")
-    if failed:
-        print(f"{len(failed)} failed:", *failed, sep="\n  ", file=sys.stderr)
+        print(f"{len(table)} of {len(outputs)} images normalized to {transform.target!r} in {options.out}")
+        if failed:
+            print(f"{len(failed)} failed:", *failed, sep="\n  ", file=sys.stderr)
+        with (
+            replacing(options.out / TABLE) as temporary,
+            temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+        ):
+            csv.writer(file).writerows([("input", "output", "offset_a", "offset_b"), *table])
+        if pairs:
+            images.write(images.contact_sheet(pairs), options.out / OVERVIEW)
     return 1 if failed else 0
 
 
@@ -122,7 +126,7 @@ def _normalize_one(transform: NormalizeStain, image: Image.Image) -> tuple[Image
 
 
 def _to_tensor(image: Image.Image, transform: NormalizeStain) -> torch.Tensor:
-    return pil_to_tensor(image).to(next(transform.network.parameters()).device)
+    return pil_to_tensor(image).to(transform.network.lab_scale.device)
 
 
 def _device(name: str | None) -> torch.device:

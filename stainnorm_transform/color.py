@@ -33,9 +33,8 @@ _F_KNEE = 6 / 29
 _SRGB_KNEE = 0.04045
 _LINEAR_KNEE = 0.0031308
 
-# Full offset up to L* = 80, none at L* = 100: white glass keeps its color.
-WHITE_FADE = 20.0
-
+# Tissue up to L* = 80 takes the full offset, white glass from L* = 97 none.
+FULL_LIGHTNESS, WHITE_LIGHTNESS = 80.0, 97.0
 
 # Rows are worked in strips of about this many pixels on the CPU, so that temporaries stay in cache.
 _STRIP_PIXELS = 1 << 16
@@ -46,7 +45,7 @@ def shift_ab(image: Tensor, offset: Tensor, preserve_white: bool = True) -> Tens
 
     L* is a function of relative luminance Y alone, so moving (a*, b*) at constant L* only moves f(X) by
     ``w * da / 500`` and f(Z) by ``-w * db / 200``. With ``preserve_white`` the offset fades out towards white glass
-    by ``w = clamp((100 - L*) / 20, 0, 1)``; otherwise ``w = 1``. Inside the sRGB gamut, shifting by ``offset`` and
+    by ``w = clamp((97 - L*) / 17, 0, 1)``; otherwise ``w = 1``. Inside the sRGB gamut, shifting by ``offset`` and
     then by ``-offset`` restores the image; outside it, RGB is clamped to [0, 1].
 
     Differentiable in ``image`` (floating point) and ``offset``. On the CPU the result for an image does not depend,
@@ -56,7 +55,7 @@ def shift_ab(image: Tensor, offset: Tensor, preserve_white: bool = True) -> Tens
         image: sRGB, shape (..., 3, H, W), uint8 or floating point in [0, 1]. NaN pixels stay NaN.
         offset: (da, db) in CIELAB units (D65, 2 degree observer), shape (2,) for all images or (..., 2) with the
             leading dimensions of ``image``.
-        preserve_white: whether to fade the offset out from L* = 80 to L* = 100.
+        preserve_white: whether to fade the offset out from L* = 80 to L* = 97.
 
     Returns:
         sRGB of the shape, dtype, device and memory format of ``image``. float64 is computed in float64, every other
@@ -141,7 +140,8 @@ def _shift_ab(image: Tensor, offset: Tensor, preserve_white: bool) -> Tensor:
     fx, fy, fz = (_f(x * red + y * green + z * blue) for x, y, z in _M)
     d_fx, d_fz = offset[..., 0, :, :] / 500, offset[..., 1, :, :] / -200
     if preserve_white:
-        weight = ((116 - 116 * fy) / WHITE_FADE).clamp(0, 1)
+        lightness = 116 * fy - 16
+        weight = ((WHITE_LIGHTNESS - lightness) / (WHITE_LIGHTNESS - FULL_LIGHTNESS)).clamp(0, 1)
         d_fx, d_fz = weight * d_fx, weight * d_fz
     # As in kornia and scikit-image, f(Z) stops at 0.
     x, y, z = _f_inverse(fx + d_fx), _f_inverse(fy), _f_inverse((fz + d_fz).clamp(min=0))

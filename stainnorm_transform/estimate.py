@@ -37,36 +37,48 @@ def estimate_offset(network: ColorNormNet, image: Tensor) -> Tensor:
     Returns:
         (0, a*, b*) in Lab units, shape (..., 3), float32. L* is never moved. Exactly 0 for an image without tissue.
     """
-    total, tissue = tissue_sums(network, image)
-    offset = torch.where(tissue[..., None] > 0, total / tissue.clamp(min=1e-9)[..., None], 0)
-    return F.pad(offset, (1, 0))
+    return mean_offset(tissue_sums(network, image))
 
 
-def tissue_sums(network: ColorNormNet, image: Tensor) -> tuple[Tensor, Tensor]:
-    """The weighted (a*, b*) map, (..., 2), and the weights, (...), both as means over the image; 0 without tissue."""
+def mean_offset(sums: Tensor) -> Tensor:
+    """(0, a*, b*) from the sums of ``tissue_sums``: (..., 3), and 0 where there is no tissue."""
+    values, weight = sums[..., :2], sums[..., 2:]
+    return F.pad(torch.where(weight > 0, values / weight.clamp(min=1e-9), 0), (1, 0))
+
+
+def tissue_sums(network: ColorNormNet, image: Tensor) -> Tensor:
+    """Weighted a* and b* of the map and the weight, as means over each image: (..., 3), all 0 without tissue."""
 
     def one_batch(batch: Tensor) -> Tensor:
-        lab = rgb_to_lab(small_copy(batch))
-        weight = tissue_weight(lab)
-        share = (weight > 0).float().mean(dim=(-1, -2), keepdim=True)
-        weight = torch.where(share >= TISSUE_SHARE, weight, 0)
-        weighted = weight * torch.cat([network(lab)[:, 1:], torch.ones_like(weight)], dim=1)
-        # The order of a float64 sum does not show in float32.
-        return weighted.double().mean(dim=(-1, -2)).float()
+        return sums_of_copies(network, small_copy(batch))
 
-    sums = one_by_one(one_batch, image)
-    return sums[..., :2], sums[..., 2]
+    with torch.autocast(image.device.type, enabled=False):
+        return one_by_one(one_batch, image)
+
+
+def sums_of_copies(network: ColorNormNet, copies: Tensor) -> Tensor:
+    """As ``tissue_sums``, for what ``small_copy`` returned."""
+    lab = rgb_to_lab(copies)
+    weight = tissue_weight(lab)
+    share = (weight > 0).float().mean(dim=(-1, -2), keepdim=True)
+    weight = torch.where(share >= TISSUE_SHARE, weight, 0)
+    weighted = weight * torch.cat([network(lab)[:, 1:], torch.ones_like(weight)], dim=1)
+    # The order of a float64 sum does not show in float32; mps has none.
+    precise = weighted if weighted.device.type == "mps" else weighted.double()
+    return precise.mean(dim=(-1, -2)).float()
 
 
 def small_copy(image: Tensor, scale: float | None = None) -> Tensor:
     """Float32 copy of (N, 3, H, W), smaller by ``scale``, each pixel the mean over its area."""
-    image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
-    image = torch.nan_to_num(image, nan=1.0, posinf=1.0, neginf=0.0).clamp(0, 1)
     height, width = image.shape[-2:]
     if scale is None:
         scale = min(max(height, width, COPY_SIDE) / COPY_SIDE, MAX_SCALE)
     size = (max(1, round(height / scale)), max(1, round(width / scale)))
-    return F.interpolate(image, size=size, mode="area") if size != (height, width) else image
+    copy = image.float()
+    if image.is_floating_point():
+        copy = torch.nan_to_num(copy, nan=1.0, posinf=1.0, neginf=0.0).clamp(0, 1)
+    copy = F.interpolate(copy, size=size, mode="area") if size != (height, width) else copy
+    return copy if image.is_floating_point() else copy / 255
 
 
 def tissue_weight(lab: Tensor) -> Tensor:

@@ -7,28 +7,43 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageDraw, ImageFont
+from PIL.TiffImagePlugin import TiffImageFile
 
 from stainnorm_transform.files import replacing
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 THUMBNAIL_SIDE = 256
+# In TIFF the scale stands here; ImageJ and others say micrometers in the description.
+KEPT_TAGS = (
+    ExifTags.Base.ImageDescription,
+    ExifTags.Base.XResolution,
+    ExifTags.Base.YResolution,
+    ExifTags.Base.ResolutionUnit,
+)
 
 
-def plan(inputs: Sequence[Path], out: Path) -> dict[Path, Path]:
+def plan(inputs: Sequence[Path], out: Path, reserved: Sequence[str] = ()) -> dict[Path, Path]:
     """Which file each image is written to: ``out`` plus its path below the input folder it was found in.
 
-    Folders are searched recursively, except for ``out`` itself.
+    Folders are searched recursively, except for ``out`` itself; links to folders are not followed.
+
+    Args:
+        inputs: images and folders.
+        out: the folder to write to.
+        reserved: names in ``out`` that are taken.
 
     Raises:
-        ValueError: no image, two images for one output, or an output that is an input.
+        ValueError: no image, two images for one output, or an output that is an input or reserved.
+        OSError: a folder cannot be read.
     """
     outputs: dict[Path, Path] = {}
     for given in inputs:
         if not given.exists():
             raise ValueError(f"{given} does not exist")
         for path in _walk(given, out.resolve()) if given.is_dir() else [given]:
-            outputs.setdefault(path, out / (path.relative_to(given) if given.is_dir() else path.name))
+            output = out / (path.relative_to(given) if given.is_dir() else path.name)
+            outputs.setdefault(Path(os.path.abspath(path)), output)
     if not outputs:
         raise ValueError(f"no images ({', '.join(SUFFIXES)}) in {', '.join(str(given) for given in inputs)}")
     sources: dict[Path, Path] = {}
@@ -37,15 +52,18 @@ def plan(inputs: Sequence[Path], out: Path) -> dict[Path, Path]:
         if output.resolve() in originals:
             raise ValueError(f"{output} is an input and would be overwritten: choose another output folder")
         if output in sources:
-            raise ValueError(
-                f"{sources[output]} and {path} would both be written to {output}: normalize them into different folders"
-            )
+            raise ValueError(f"{sources[output]} and {path} would both be written to {output}: use two output folders")
+        if output in [out / name for name in reserved]:
+            raise ValueError(f"{path} would be written to {output}, which is for something else: rename it")
         sources[output] = path
     return outputs
 
 
 def _walk(folder: Path, skip: Path) -> Iterator[Path]:
-    for where, folders, files in os.walk(folder):
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for where, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if (Path(where) / name).resolve() != skip)
         for name in sorted(files):
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
@@ -56,22 +74,33 @@ def read(path: Path) -> Image.Image:
     """Reads an image file of mode RGB or RGBA; palettes are resolved.
 
     Raises:
-        ValueError: it is grey, has more than 8 bits a channel, more than one page or another color model.
+        ValueError: it is grey, has more than 8 bits a channel, more than one page, or another color model or suffix.
         OSError: it is no image, or not a whole one.
     """
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"expected a file ending in {', '.join(SUFFIXES)}")
     with Image.open(path) as image:
-        if ";16" in str(image.tile):  # Pillow would drop the lower 8 bits in silence.
+        if _bits(image) > 8:  # Pillow would drop the lower bits in silence.
             raise ValueError("16 bits a channel: convert it to 8 bits first")
         if getattr(image, "n_frames", 1) > 1:
-            raise ValueError(f"{image.n_frames} pages, of which only the first would be kept: split it first")  # type: ignore[attr-defined]
+            raise ValueError("more than one page, of which only the first would be kept: split it first")
         image.load()
-        if image.mode in ("1", "L", "LA", "I", "I;16", "F"):
+        if image.mode in ("1", "L", "LA", "I", "F"):
             raise ValueError(f"a grey image (mode {image.mode}) has no stain color")
         if image.mode == "P":
-            return _with_info(image.convert("RGBA" if "transparency" in image.info else "RGB"), image)
+            resolved = image.convert("RGBA" if "transparency" in image.info else "RGB")
+            resolved.info = {key: value for key, value in image.info.items() if key != "transparency"}
+            return resolved
         if image.mode not in ("RGB", "RGBA"):
             raise ValueError(f"color model {image.mode}: convert it to RGB first")
         return image
+
+
+def _bits(image: Image.Image) -> int:
+    """Bits a channel of an image file that is open but not loaded."""
+    if isinstance(image, TiffImageFile):
+        return int(max(image.tag_v2.get(ExifTags.Base.BitsPerSample, (8,))))
+    return 16 if ";16" in str(image.tile) else 8  # type: ignore[attr-defined]
 
 
 def flatten(image: Image.Image) -> Image.Image:
@@ -82,18 +111,22 @@ def flatten(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, image).convert("RGB")
 
 
-def write(image: Image.Image, path: Path, like: Image.Image) -> None:
+def write(image: Image.Image, path: Path, like: Image.Image | None = None) -> None:
     """Writes an image, whole or not at all, with the resolution, ICC profile and EXIF data of ``like``.
 
     JPEG is written at quality 95 without chroma subsampling, TIFF with lossless compression.
     """
+    info = like.info if like else {}
+    options: dict[str, Any] = {key: info[key] for key in ("dpi", "icc_profile") if key in info}
     suffix = path.suffix.lower()
-    options: dict[str, Any] = {key: like.info[key] for key in ("dpi", "icc_profile") if key in like.info}
     if suffix in (".jpg", ".jpeg"):
         options |= {"quality": 95, "subsampling": 0}
     if suffix in (".tif", ".tiff"):
         options["compression"] = "tiff_adobe_deflate"
-    elif like.getexif():
+        if isinstance(like, TiffImageFile):
+            options.pop("dpi", None)
+            options["tiffinfo"] = {tag: like.tag_v2[tag] for tag in KEPT_TAGS if tag in like.tag_v2}
+    elif like and like.getexif():
         options["exif"] = like.getexif()
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
@@ -117,6 +150,7 @@ def contact_sheet(pairs: Sequence[tuple[str, Image.Image, Image.Image]], columns
     sheet = Image.new("RGB", (columns * (width + 2 * margin), rows * (height + margin)), "white")
     draw = ImageDraw.Draw(sheet)
     for index, (caption, before, after) in enumerate(pairs):
+        caption = " ".join(caption.encode(errors="replace").decode().split())
         x, y = index % columns * (width + 2 * margin) + margin, index // columns * (height + margin)
         while draw.textlength(caption, font) > width:
             caption = "..." + caption[4:]
@@ -124,8 +158,3 @@ def contact_sheet(pairs: Sequence[tuple[str, Image.Image, Image.Image]], columns
         sheet.paste(before, (x, y + line))
         sheet.paste(after, (x + THUMBNAIL_SIDE + margin, y + line))
     return sheet
-
-
-def _with_info(image: Image.Image, like: Image.Image) -> Image.Image:
-    image.info = {key: value for key, value in like.info.items() if key != "transparency"}
-    return image

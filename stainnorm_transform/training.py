@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from stainnorm_transform.color import check_image, random_offset, shift_ab
-from stainnorm_transform.estimate import estimate_offset, small_copy, tissue_weight
+from stainnorm_transform.estimate import mean_offset, small_copy, sums_of_copies, tissue_weight
 from stainnorm_transform.network import ColorNormNet
 
 
@@ -30,19 +30,23 @@ class TrainConfig:
     crop: int = 48  # pixels, after downsampling
     scales: tuple[float, float] = (1.0, 8.0)  # area-downsampling factors, drawn log-uniformly
     max_offset: float = 40.0  # da, db ~ U(-max_offset, max_offset), Lab units
-    preserve_white: bool = True  # offsets fade out from L* = 80 to 100; False: uniform, as in the paper
-    learning_rate: float = 0.005  # Adam, peak of a one-cycle schedule
+    preserve_white: bool = True  # offsets fade out from L* = 80 to 97; False: uniform, as in the paper
+    learning_rate: float = 0.005  # Adam, peak of the schedule
     l2_weight: float = 0.1  # lambda in L1 + lambda * L2, per Lab unit
     min_tissue: float = 0.3  # share of a crop
     report_every: int = 100  # iterations
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("max_offset", "learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"expected a finite {name} > 0, got {getattr(self, name)}")
+        if not 0 < self.min_tissue <= 1:
+            raise ValueError(f"expected 0 < min_tissue <= 1, got {self.min_tissue}")
         for name in ("iterations", "batch_size", "crop", "report_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} >= 1, got {getattr(self, name)}")
-        low, high = self.scales
-        if not 1 <= low <= high:
+        if len(self.scales) != 2 or not 1 <= self.scales[0] <= self.scales[1]:
             raise ValueError(f"expected scales (low, high) with 1 <= low <= high, got {self.scales}")
 
 
@@ -90,14 +94,13 @@ def train(
         ValueError: there are no tiles, one is smaller than a crop, none has tissue, or the loss is not finite.
     """
     config = config or TrainConfig()
-    torch.manual_seed(config.seed)
-    network = ColorNormNet().to(device)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        network = ColorNormNet().to(device)
     optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.learning_rate, total_steps=config.iterations, pct_start=0.1
-    )
-    loader = DataLoader(_Crops(tiles, config), batch_size=config.batch_size)
-    copies = [small_copy(image[None])[0] for image in held_out]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step / config.iterations))
+    # The generator keeps the loader from drawing from the caller's.
+    loader = DataLoader(_Crops(tiles, config), batch_size=config.batch_size, generator=torch.Generator())
     losses: list[float] = []
     for iteration, (crops, offset) in enumerate(loader, start=1):
         crops, offset = crops.to(device), offset.to(device)
@@ -111,14 +114,21 @@ def train(
             raise ValueError(f"the loss is {losses[-1]} at iteration {iteration}: lower the learning rate")
         if iteration % config.report_every == 0 or iteration == config.iterations:
             error = None
-            if copies:
+            if len(held_out):
                 network.eval()
-                a_error, b_error = offset_errors(network, copies, config.preserve_white).abs().mean(dim=(0, 1)).tolist()
+                a_error, b_error = (
+                    offset_errors(network, held_out, config.preserve_white).abs().mean(dim=(0, 1)).tolist()
+                )
                 error = (a_error, b_error)
                 network.train()
             report(Report(iteration, sum(losses) / len(losses), error))
             losses = []
     return network.cpu().eval().requires_grad_(False)
+
+
+def warmup_cosine(progress: float) -> float:
+    """Learning rate as a share of its peak, ``progress`` in [0, 1]: a tenth of linear warm-up within a half cosine."""
+    return min(1.0, 0.01 + progress / 0.1) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def offset_loss(network: ColorNormNet, crops: Tensor, offset: Tensor, config: TrainConfig) -> Tensor:
@@ -161,9 +171,9 @@ def offset_errors(
     device = next(network.parameters()).device
     errors = []
     for image in images:
-        copy = small_copy(image[None].to(device)).expand(draws, -1, -1, -1)
-        estimate = estimate_offset(network, shift_ab(copy, offset.to(device), preserve_white))
-        errors.append(estimate[:, 1:].cpu() - offset)
+        copies = small_copy(image[None].to(device)).expand(draws, -1, -1, -1)
+        shifted = shift_ab(copies, offset.to(device), preserve_white)
+        errors.append(mean_offset(sums_of_copies(network, shifted))[:, 1:].cpu() - offset)
     return torch.stack(errors)
 
 
@@ -190,13 +200,15 @@ class _Crops(Dataset[tuple[Tensor, Tensor]]):
             if (tissue_weight(rgb_to_lab(crop)) > 0).float().mean() >= self.config.min_tissue:
                 return crop[0], random_offset((), self.config.max_offset, generator)
         raise ValueError(
-            f"no crop with {self.config.min_tissue:.0%} tissue in {self.attempts} of {len(self.tiles)} tiles: "
+            f"no crop with {self.config.min_tissue:.0%} tissue in {self.attempts} draws from {len(self.tiles)} tiles: "
             "are they H&E images?"
         )
 
     def _crop(self, generator: torch.Generator) -> Tensor:
         tile = self.tiles[_randint(len(self.tiles), generator)]
         check_image(tile)
+        if tile.ndim != 3:
+            raise ValueError(f"expected tiles of shape (3, H, W), got {tuple(tile.shape)}")
         height, width = tile.shape[-2:]
         crop = self.config.crop
         if min(height, width) < crop:

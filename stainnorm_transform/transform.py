@@ -9,14 +9,15 @@ from typing import Any
 
 import PIL.Image
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision import tv_tensors
+from torchvision.ops import FrozenBatchNorm2d
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from stainnorm_transform import weights as weights_files
 from stainnorm_transform.color import check_image, random_offset, shift_ab
-from stainnorm_transform.estimate import estimate_offset, tissue_sums
+from stainnorm_transform.estimate import estimate_offset, mean_offset, tissue_sums
 from stainnorm_transform.network import ColorNormNet
 
 
@@ -40,16 +41,16 @@ class NormalizeStain(_ImageTransform):
     """Makes H&E images look like the target's: estimates the a*, b* offset of each and takes it away.
 
     For PIL images (RGB), uint8 tensors, floating point tensors in [0, 1], ``tv_tensors.Image`` and ``Video``, of shape
-    (..., 3, H, W), alone or in nested samples, whose masks, boxes and labels pass through. The output has the kind,
-    dtype, shape, device and memory format of the input. L* stays. An image without tissue comes back unchanged, and
-    with ``preserve_white`` so does white glass.
+    (..., 3, H, W), alone or in nested samples, whose masks and boxes (as tv_tensors) and labels pass through. The
+    output has the kind, dtype, shape, device and memory format of the input. L* stays where the shifted color exists
+    in sRGB. An image without tissue comes back unchanged, and with ``preserve_white`` so does white glass.
 
-    Every image has its own offset, unless ``offset`` or ``for_slide`` fixes one for all. The network is frozen: in
-    eval mode, float32 and without gradients to its own parameters, whatever happens to the model around it. Gradients
-    reach the input.
+    Every image has its own offset, unless ``offset`` or ``for_slide`` fixes one for all. The network is a frozen copy,
+    float32, all buffers and no parameters: whatever is done to the model around it does not change it. Gradients reach
+    the input.
 
     Args:
-        network: a trained ColorNormNet.
+        network: a trained ColorNormNet, which is copied.
         preserve_white: as the network was trained, see ``shift_ab``.
         target: name of the target, for ``repr``.
         recipe: how the network was trained, for ``repr``.
@@ -77,9 +78,13 @@ class NormalizeStain(_ImageTransform):
         offset: Tensor | None = None,
     ) -> None:
         super().__init__()
-        if offset is not None and offset.shape != (3,):
-            raise ValueError(f"expected an offset of shape (3,), got {tuple(offset.shape)}")
-        self.network = network.eval().requires_grad_(False)
+        if offset is not None:
+            if offset.shape != (3,):
+                raise ValueError(f"expected an offset of shape (3,), got {tuple(offset.shape)}")
+            if not offset.isfinite().all():
+                raise ValueError(f"expected a finite offset, got {offset.tolist()}")
+            offset = offset.detach().clone().float()
+        self.network = _frozen(network)
         self.preserve_white = preserve_white
         self.target = target
         self.recipe = recipe
@@ -102,9 +107,8 @@ class NormalizeStain(_ImageTransform):
         """The offsets that normalizing takes away: (0, a*, b*) in Lab units, (..., 3) for images (..., 3, H, W)."""
         image = _to_tensor(images)
         if self.offset is not None:
-            return self.offset.expand(*image.shape[:-3], 3)
-        with torch.autocast(image.device.type, enabled=False):
-            return estimate_offset(self.network, image)
+            return self.offset.repeat(*image.shape[:-3], 1)
+        return estimate_offset(self.network, image)
 
     @torch.no_grad()
     def for_slide(self, tiles: Iterable[Tensor | PIL.Image.Image]) -> NormalizeStain:
@@ -116,23 +120,21 @@ class NormalizeStain(_ImageTransform):
         Returns:
             A NormalizeStain that takes away the mean of the network's map over the tissue of all tiles, or nothing
             where none has tissue.
+
+        Raises:
+            ValueError: there are no tiles.
         """
-        a_sum = b_sum = tissue = 0.0
+        total = torch.zeros(3, device=self.network.lab_scale.device)
+        seen = 0
         for tile in tiles:
             image = _to_tensor(tile)
-            sums, shares = tissue_sums(self.network, image)
             pixels = image.shape[-2] * image.shape[-1]
-            a_sum += pixels * float(sums[..., 0].sum())
-            b_sum += pixels * float(sums[..., 1].sum())
-            tissue += pixels * float(shares.sum())
-        offset = torch.tensor([0.0, a_sum / tissue, b_sum / tissue] if tissue else [0.0, 0.0, 0.0])
-        device = next(self.network.parameters()).device
+            total += pixels * tissue_sums(self.network, image).reshape(-1, 3).sum(dim=0)
+            seen += 1
+        if not seen:
+            raise ValueError("expected at least one tile, got none")
         return NormalizeStain(
-            copy.deepcopy(self.network),
-            self.preserve_white,
-            target=self.target,
-            recipe=self.recipe,
-            offset=offset.to(device),
+            self.network, self.preserve_white, target=self.target, recipe=self.recipe, offset=mean_offset(total)
         )
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
@@ -146,6 +148,10 @@ class NormalizeStain(_ImageTransform):
     def train(self, mode: bool = True) -> NormalizeStain:
         """Stays in eval mode, whatever ``mode``."""
         super().train(False)
+        return self
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> NormalizeStain:
+        """Does nothing: initializing the weights of a model leaves the network as it is."""
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NormalizeStain:
@@ -199,6 +205,21 @@ class PerturbStain(_ImageTransform):
             return shift_ab(image, offset.to(image.device), self.preserve_white)
 
         return _like(inpt, perturb)
+
+
+def _frozen(network: ColorNormNet) -> ColorNormNet:
+    """A copy in eval mode whose parameters are buffers and whose batch norm has no training mode."""
+    network = copy.deepcopy(network).eval()
+    for module in list(network.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.BatchNorm2d):
+                frozen = FrozenBatchNorm2d(child.num_features, child.eps)
+                frozen.load_state_dict(child.state_dict())
+                setattr(module, name, frozen)
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            delattr(module, name)
+            module.register_buffer(name, parameter.detach())
+    return network
 
 
 def _leading_shape(inpt: Any) -> torch.Size:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from conftest import read, synthetic_tile
+from conftest import read
 from PIL import Image
+from render_tiles import render_tile
 from torchvision.transforms.v2.functional import to_pil_image
 
 from stainnorm_transform import TrainConfig, images, weights
@@ -35,7 +36,7 @@ def run(trained, tmp_path):
 
 def save(path, image=None, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
-    (to_pil_image(synthetic_tile()) if image is None else image).save(path, **options)
+    (to_pil_image(render_tile()) if image is None else image).save(path, **options)
     return path
 
 
@@ -49,17 +50,17 @@ def test_folders_keep_their_structure_and_inputs_their_content(run, tmp_path, ra
     outputs = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
     assert outputs == ["a.png", "d.jpg", "deep/c.TIFF", "deep/er/b.tif", "e.JPEG", "offsets.csv", "single.png"]
     assert [file.read_bytes() for file in files] == before
-    expected = random_normalize(synthetic_tile())
+    expected = random_normalize(render_tile())
     for name in ("a.png", "deep/er/b.tif", "deep/c.TIFF", "single.png"):
         assert torch.equal(read(out / name), expected)
     assert "6 of 6 images normalized to 'test'" in capsys.readouterr().out
     with (out / "offsets.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 6
-    offset = random_normalize.estimate_offset(synthetic_tile())
+    offset = random_normalize.estimate_offset(render_tile())
     row = next(row for row in rows if row["input"] == str(single))
     assert row["output"] == str(out / "single.png")
-    assert [float(row["a"]), float(row["b"])] == pytest.approx(offset[1:].tolist(), abs=1e-3)
+    assert [float(row["offset_a"]), float(row["offset_b"])] == pytest.approx(offset[1:].tolist(), abs=1e-3)
 
 
 def test_resolution_profile_and_exif_are_kept(run, tmp_path):
@@ -76,8 +77,21 @@ def test_resolution_profile_and_exif_are_kept(run, tmp_path):
                 assert image.getexif()[0x0112] == 6
 
 
+def test_tiff_keeps_scales_without_unit_and_their_description(run, tmp_path):
+    pixels = render_tile().permute(1, 2, 0).numpy()
+    description = "unit=micron"
+    save_options = {"resolution": (4, 4), "resolutionunit": "none", "description": description, "metadata": None}
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="rgb", **save_options)
+    assert run(tmp_path / "a.tif") == 0
+    with tifffile.TiffFile(tmp_path / "out/a.tif") as tiff:
+        tags = tiff.pages[0].tags
+        assert tags["XResolution"].value == (4, 1)
+        assert tags["ResolutionUnit"].value == 1
+        assert tags["ImageDescription"].value == description
+
+
 def test_transparency_is_kept_and_counts_as_glass(run, tmp_path, random_normalize):
-    tile = synthetic_tile()
+    tile = render_tile()
     image = to_pil_image(tile)
     alpha = Image.new("L", image.size, 255)
     alpha.paste(0, (0, 0, 128, 40))
@@ -94,7 +108,7 @@ def test_transparency_is_kept_and_counts_as_glass(run, tmp_path, random_normaliz
 
 
 def test_palettes_are_resolved(run, tmp_path):
-    image = to_pil_image(synthetic_tile()).quantize(64)
+    image = to_pil_image(render_tile()).quantize(64)
     save(tmp_path / "a.png", image)
     assert run(tmp_path / "a.png") == 0
     with Image.open(tmp_path / "out/a.png") as out:
@@ -108,7 +122,7 @@ def test_blank_images_are_copied_pixel_for_pixel(run, tmp_path):
 
 
 def make_bad(kind, path):
-    tile = synthetic_tile().permute(1, 2, 0).numpy()
+    tile = render_tile().permute(1, 2, 0).numpy()
     if kind == "truncated":
         save(path)
         path.write_bytes(path.read_bytes()[:2000])
@@ -118,10 +132,13 @@ def make_bad(kind, path):
         path.write_text("not an image")
     elif kind == "16 bits":
         tifffile.imwrite(path, tile.astype(np.uint16) * 257, photometric="rgb")
+    elif kind == "16 bits, planar":
+        planes = tile.transpose(2, 0, 1).astype(np.uint16) * 257
+        tifffile.imwrite(path, planes, photometric="rgb", planarconfig="separate")
     elif kind == "pages":
         tifffile.imwrite(path, np.stack([tile, tile]), photometric="rgb")
     else:
-        save(path, to_pil_image(synthetic_tile()).convert(kind))
+        save(path, to_pil_image(render_tile()).convert(kind))
 
 
 @pytest.mark.parametrize(
@@ -129,7 +146,7 @@ def make_bad(kind, path):
     [
         ("truncated", "bad.png", "truncated"),
         ("truncated", "bad.jpg", "truncated"),
-        ("truncated", "bad.tif", ""),
+        ("truncated", "bad.tif", "truncated"),
         ("empty", "bad.png", "cannot identify"),
         ("text", "bad.tif", "cannot identify"),
         ("L", "bad.png", r"grey image \(mode L\)"),
@@ -139,7 +156,8 @@ def make_bad(kind, path):
         ("I;16", "bad.png", "16 bits"),
         ("CMYK", "bad.jpg", "color model CMYK"),
         ("16 bits", "bad.tif", "16 bits a channel"),
-        ("pages", "bad.tif", "2 pages"),
+        ("16 bits, planar", "bad.tif", "16 bits a channel"),
+        ("pages", "bad.tif", "more than one page"),
     ],
 )
 def test_a_bad_file_is_named_and_the_rest_goes_on(run, tmp_path, capsys, kind, name, message):
@@ -176,7 +194,7 @@ def test_decompression_bombs_are_refused(run, tmp_path, capsys, monkeypatch):
 def test_other_files_are_refused_by_name(run, tmp_path, capsys):
     (tmp_path / "slide.svs").write_bytes(b"abc")
     assert run(tmp_path / "slide.svs") == 1
-    assert "slide.svs: cannot identify" in capsys.readouterr().err
+    assert "slide.svs: expected a file ending in .png, .jpg" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -231,10 +249,53 @@ def test_a_failed_write_leaves_the_old_output_and_no_temporary_file(run, tmp_pat
 
 def test_overview_shows_pairs(run, tmp_path):
     for index in range(40):
-        save(tmp_path / f"in/{index:02}.png", to_pil_image(synthetic_tile(index, 32)))
+        save(tmp_path / f"in/{index:02}.png", to_pil_image(render_tile(index, 32)))
     assert run(tmp_path / "in", options=["--overview"]) == 0
     with Image.open(tmp_path / "out/overview.png") as sheet:
         assert sheet.size == (3 * (2 * 256 + 3 * 8), 8 * (256 + 18 + 8))
+
+
+def test_the_overview_never_replaces_an_image(run, tmp_path, capsys):
+    save(tmp_path / "in/overview.png")
+    assert run(tmp_path / "in", options=["--overview"]) == 2
+    assert "overview.png, which is for something else: rename it" in capsys.readouterr().err
+    assert run(tmp_path / "in") == 0
+
+
+def test_odd_names_are_kept(run, tmp_path):
+    names = ["ünï ✓.png", "line\nbreak.png", os.fsdecode(b"\xe9.png"), "x" * 240 + ".png"]
+    for name in names:
+        save(tmp_path / "in" / name)
+    assert run(tmp_path / "in", options=["--overview"]) == 0
+    assert {*names, "offsets.csv", "overview.png"} == {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_the_same_file_twice_is_one(run, tmp_path, monkeypatch, capsys):
+    save(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    assert run("a.png", tmp_path / "a.png") == 0
+    assert "1 of 1 images" in capsys.readouterr().out
+
+
+def test_interrupted_it_keeps_and_tells_what_was_done(run, tmp_path, monkeypatch, capsys):
+    save(tmp_path / "in/a.png")
+    (tmp_path / "in/b.png").write_bytes(b"")
+    save(tmp_path / "in/c.png")
+    read_image = images.read
+
+    def interrupt(path):
+        if path.name == "c.png":
+            raise KeyboardInterrupt
+        return read_image(path)
+
+    monkeypatch.setattr(images, "read", interrupt)
+    assert run(tmp_path / "in") == 130
+    captured = capsys.readouterr()
+    assert "1 of 3 images" in captured.out
+    assert "b.png: cannot identify" in captured.err
+    assert "interrupted" in captured.err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "offsets.csv"]
+    assert len((tmp_path / "out/offsets.csv").read_text().splitlines()) == 2
 
 
 def test_contact_sheet_keeps_thumbnails_and_long_captions():

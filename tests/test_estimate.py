@@ -1,7 +1,8 @@
 import pytest
 import torch
-from conftest import read, synthetic_tile
+from conftest import read
 from kornia.color import rgb_to_lab
+from render_tiles import render_tile
 
 from stainnorm_transform import ColorNormNet, NormalizeStain
 from stainnorm_transform.estimate import small_copy, tissue_weight
@@ -86,7 +87,7 @@ def test_large_images_are_seen_as_small_copies():
 
 
 def test_nan_counts_as_glass(random_normalize):
-    tile = synthetic_tile() / 255
+    tile = render_tile() / 255
     holes = torch.rand(128, 128, generator=torch.Generator().manual_seed(0)) < 0.01
     with_nan, with_white = tile.clone(), tile.clone()
     with_nan[:, holes], with_white[:, holes] = torch.nan, 1.0

@@ -4,15 +4,17 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import read, synthetic_tile
+from conftest import read
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kornia.color import rgb_to_lab
 from PIL import Image
+from render_tiles import render_tile
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import transforms as v1
 from torchvision import tv_tensors
+from torchvision.models import resnet50
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
@@ -26,7 +28,7 @@ DTYPES = [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float
 @pytest.fixture(params=KINDS)
 def transform(request, random_normalize):
     if request.param == "fixed offset":
-        return random_normalize.for_slide([synthetic_tile()])
+        return random_normalize.for_slide([render_tile()])
     return random_normalize if request.param == "NormalizeStain" else PerturbStain(20)
 
 
@@ -67,7 +69,7 @@ def test_pil_images_equal_tensors_and_keep_their_info(random_normalize, tile):
 
 @pytest.mark.parametrize("size", [(64, 64), (97, 63), (300, 260)])
 def test_a_uint8_batch_equals_its_images_bit_for_bit(random_normalize, size):
-    images = torch.stack([synthetic_tile(seed, 300)[:, : size[0], : size[1]] for seed in range(5)])
+    images = torch.stack([render_tile(seed, 300)[:, : size[0], : size[1]] for seed in range(5)])
     images[2] = 255
     assert torch.equal(random_normalize(images), torch.stack([random_normalize(image) for image in images]))
 
@@ -99,46 +101,94 @@ def test_samples_keep_masks_boxes_and_labels(transform, tile):
     assert label == 3
 
 
-def test_in_compose_and_data_loader(transform, tile):
-    pil = to_pil_image(tile)
-    for compose in (v1.Compose([transform, v1.ToTensor()]), v2.Compose([transform, v2.ToImage()])):
-        assert compose(pil).shape == (3, 128, 128)
-    image, label = v2.Compose([v2.ToImage(), transform])(pil, 3)
-    assert (image.shape, label) == ((3, 128, 128), 3)
-    batch = next(iter(DataLoader(_Tiles(tile, transform), batch_size=2, num_workers=1)))
-    assert batch.shape == (2, 3, 128, 128)
+class PilTiles(torch.utils.data.Dataset):
+    """Like torchvision.datasets.ImageFolder: (PIL image, label), the transform on the image."""
 
-
-class _Tiles(torch.utils.data.Dataset):
-    def __init__(self, tile, transform):
-        self.tile, self.transform = tile, transform
+    def __init__(self, transform):
+        self.transform = transform
 
     def __len__(self):
-        return 2
+        return 4
 
     def __getitem__(self, index):
-        return self.transform(self.tile)
+        return self.transform(to_pil_image(render_tile(index))), index
 
 
-def test_is_frozen_whatever_the_model_does(random_normalize, tile):
-    image = (tile / 255)[None].requires_grad_()
-    model = nn.Sequential(random_normalize, nn.Conv2d(3, 4, 3), nn.Flatten(), nn.LazyLinear(2))
-    expected = random_normalize(image)
+@pytest.mark.parametrize("version", [v1, v2])
+def test_in_compose_on_pil_images_in_a_data_loader(random_normalize, version):
+    compose = version.Compose([random_normalize, version.ToTensor()])
+    loader = DataLoader(PilTiles(compose), batch_size=2, num_workers=2)
+    batches = list(loader)
+    assert [labels.tolist() for _, labels in batches] == [[0, 1], [2, 3]]
+    expected = torch.stack([random_normalize(render_tile(index)) for index in range(4)]) / 255
+    assert torch.equal(torch.cat([images for images, _ in batches]), expected)
+
+
+def test_in_compose_with_labels(transform, tile):
+    image, label = v2.Compose([v2.ToImage(), transform])(to_pil_image(tile), 3)
+    assert (image.shape, label) == ((3, 128, 128), 3)
+
+
+def train_all(model, batch):
     model.train()
-    assert not any(module.training for module in random_normalize.modules())
-    assert not any(parameter.requires_grad for parameter in random_normalize.parameters())
-    state = copy.deepcopy(random_normalize.state_dict())
-    model(image).sum().backward()
+    for module in model.modules():
+        module.train()
+
+
+def unfreeze_and_step(model, batch):
+    model.requires_grad_(True)
+    for parameter in model.parameters():
+        parameter.requires_grad = True
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, weight_decay=0.1)
+    model(batch).mean().backward()
+    optimizer.step()
+
+
+def initialize(model, batch):
+    def reset(module):
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight)
+
+    model.apply(reset)
+
+
+def update_batch_norm(model, batch):
+    torch.optim.swa_utils.update_bn([batch], model)
+
+
+@pytest.mark.parametrize("change", [train_all, unfreeze_and_step, initialize, update_batch_norm])
+def test_is_frozen_whatever_is_done_to_the_model(random_normalize, tile, change):
+    model = nn.Sequential(random_normalize, nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    batch = (tile / 255).expand(2, -1, -1, -1)
+    expected, behind = random_normalize(batch), copy.deepcopy(model[1:].state_dict())
+    change(model, batch)
+    model(batch)
+    assert torch.equal(random_normalize(batch), expected)
+    assert any(not torch.equal(value, behind[name]) for name, value in model[1:].state_dict().items())
+
+
+def test_the_network_that_was_given_is_not_touched():
+    network = ColorNormNet().train()
+    NormalizeStain(network)
+    assert network.training
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_as_the_first_layer_of_a_resnet_forward_and_backward(tile):
+    model = nn.Sequential(NormalizeStain.pretrained(), resnet50()).train()
+    image = torch.stack([tile, tile.flip(-1)])[..., :64, :64] / 255
+    image.requires_grad_()
+    out = model(image)
+    assert out.shape == (2, 1000)
+    out.sum().backward()
     assert image.grad.isfinite().all()
     assert image.grad.abs().sum() > 0
-    assert model[1].weight.grad is not None
-    assert all(torch.equal(value, random_normalize.state_dict()[name]) for name, value in state.items())
-    assert torch.equal(random_normalize(image), expected)
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_gradient_to_the_input_is_right(random_normalize):
-    tile = synthetic_tile(size=12).double() / 255
-    fixed = random_normalize.for_slide([synthetic_tile()])
+    tile = render_tile(size=12).double() / 255
+    fixed = random_normalize.for_slide([render_tile()])
     image = (0.1 + 0.8 * tile).requires_grad_()
     assert torch.autograd.gradcheck(fixed, image)
 
@@ -146,8 +196,10 @@ def test_gradient_to_the_input_is_right(random_normalize):
 def test_computes_in_float32_under_autocast_and_half(random_normalize, tile):
     image = tile / 255
     expected = random_normalize(image)
+    slide = random_normalize.for_slide([image])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(random_normalize(image), expected)
+        assert torch.equal(random_normalize.for_slide([image]).offset, slide.offset)
     halved = nn.Sequential(copy.deepcopy(random_normalize)).half()
     assert torch.equal(halved(image), expected)
     assert halved(image.half()).dtype == torch.float16
@@ -176,18 +228,41 @@ def test_compiles_without_graph_break(random_normalize, tile):
 
 
 def test_for_slide_is_one_offset_for_all(random_normalize):
-    tiles = [synthetic_tile(seed, size) for seed, size in enumerate((64, 128, 100))]
+    tiles = [render_tile(seed, size) for seed, size in enumerate((64, 128, 100))]
     blank = torch.full((3, 64, 64), 255, dtype=torch.uint8)
     slide = random_normalize.for_slide([*tiles, blank, to_pil_image(tiles[0])])
     offsets = torch.stack([random_normalize.estimate_offset(tile) for tile in tiles])
     low, high = offsets.min(dim=0).values, offsets.max(dim=0).values
     assert ((slide.offset >= low) & (slide.offset <= high)).all()
     assert torch.equal(slide.estimate_offset(torch.stack([tiles[0]] * 2)), slide.offset.expand(2, 3))
-    wide = synthetic_tile(7, 256)
+    wide = render_tile(7, 256)
     halves = torch.cat([slide(wide[..., :100]), slide(wide[..., 100:])], dim=-1)
     assert torch.equal(slide(wide), halves)
     same = random_normalize.for_slide(torch.stack([tiles[1]] * 3))
     torch.testing.assert_close(same.offset, random_normalize.estimate_offset(tiles[1]))
+
+
+def test_for_slide_wants_tiles(random_normalize):
+    with pytest.raises(ValueError, match="at least one tile, got none"):
+        random_normalize.for_slide([])
+
+
+def test_what_is_done_to_an_estimate_stays_outside(random_normalize, tile):
+    slide = random_normalize.for_slide([tile])
+    before = slide.offset.clone()
+    slide.estimate_offset(tile).mul_(2)
+    assert torch.equal(slide.offset, before)
+
+
+def test_white_glass_stays(data, random_normalize):
+    slide = NormalizeStain(ColorNormNet(), offset=torch.tensor([0.0, 25.0, -25.0]))
+    for path in (data / "edge_cases/tissue-level2-3000-7666-7096-11763.png", data / "edge_cases/almost-white-2.png"):
+        image = read(path)
+        lightness = rgb_to_lab(image / 255)[0]
+        normalized = slide(image)
+        assert (lightness > 97).any() or "tissue" in path.name
+        assert torch.equal(normalized[:, lightness > 97], image[:, lightness > 97])
+        assert not torch.equal(normalized, image)
 
 
 def test_for_slide_without_tissue_changes_nothing(random_normalize, tile):
@@ -197,7 +272,7 @@ def test_for_slide_without_tissue_changes_nothing(random_normalize, tile):
 
 def test_repr_tells_target_and_recipe(random_normalize):
     random_normalize.recipe = "iterations=10"
-    text = repr(random_normalize.for_slide([synthetic_tile()]))
+    text = repr(random_normalize.for_slide([render_tile()]))
     assert text.startswith("NormalizeStain(target='random', preserve_white=True, offset=(0.00, ")
     assert text.endswith("recipe='iterations=10')")
 
@@ -224,6 +299,8 @@ def test_bad_input(transform, sample, error, message):
 def test_bad_arguments():
     with pytest.raises(ValueError, match=r"offset of shape \(3,\), got \(2,\)"):
         NormalizeStain(ColorNormNet(), offset=torch.zeros(2))
+    with pytest.raises(ValueError, match="finite offset, got"):
+        NormalizeStain(ColorNormNet(), offset=torch.tensor([0.0, torch.nan, 1.0]))
     for max_offset in (-1, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="finite max_offset >= 0"):
             PerturbStain(max_offset)
@@ -233,7 +310,7 @@ def test_bad_arguments():
 @settings(max_examples=20, deadline=None)
 def test_perturb_shifts_tissue_by_at_most_max_offset(max_offset, seed):
     torch.manual_seed(seed)
-    image = synthetic_tile(size=32).double() / 255
+    image = render_tile(size=32).double() / 255
     perturbed = PerturbStain(max_offset)(image)
     inside = ((perturbed > 1e-6) & (perturbed < 1 - 1e-6)).all(dim=0)
     shift = (rgb_to_lab(perturbed) - rgb_to_lab(image))[:, inside]

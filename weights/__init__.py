@@ -113,10 +113,16 @@ def save(
         target: name of the target colors; by default the file's name.
         data: what it was trained on, as JSON values.
         metrics: measured figures, as JSON values.
+
+    Raises:
+        ValueError: the path does not end in ``.safetensors``.
+        FileNotFoundError: its folder does not exist.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"expected a path ending in .safetensors, got {path}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder of {path} does not exist")
     metadata = {
         "target": target or path.stem,
         "config": dataclasses.asdict(config),
