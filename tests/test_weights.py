@@ -108,7 +108,7 @@ def damage(kind: str, good: bytes) -> bytes:
         ("no metadata", "ColorNormNet"),
         ("bad json", "ColorNormNet"),
         ("unknown fields", "ColorNormNet"),
-        ("no recipe", "preserve_white"),
+        ("no recipe", "ColorNormNet"),
     ],
 )
 def test_damaged_files(tmp_path, kind, message):
