@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="stainnorm", description="Stain normalization of H&E images with ColorNormNet."
     )
     parser.add_argument("--version", action="version", version=f"stainnorm {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     normalize = commands.add_parser(
         "normalize",

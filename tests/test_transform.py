@@ -256,13 +256,11 @@ def test_what_is_done_to_an_estimate_stays_outside(random_normalize, tile):
 
 def test_white_glass_stays(data, random_normalize):
     slide = NormalizeStain(ColorNormNet(), offset=torch.tensor([0.0, 25.0, -25.0]))
-    for path in (data / "edge_cases/tissue-level2-3000-7666-7096-11763.png", data / "edge_cases/almost-white-2.png"):
-        image = read(path)
-        lightness = rgb_to_lab(image / 255)[0]
-        normalized = slide(image)
-        assert (lightness > 97).any() or "tissue" in path.name
-        assert torch.equal(normalized[:, lightness > 97], image[:, lightness > 97])
-        assert not torch.equal(normalized, image)
+    image = read(data / "edge_cases/almost-white-2.png")
+    white = rgb_to_lab(image / 255)[0] > 97
+    assert white.float().mean() > 0.5
+    assert torch.equal(slide(image)[:, white], image[:, white])
+    assert not torch.equal(slide(image), image)
 
 
 def test_for_slide_without_tissue_changes_nothing(random_normalize, tile):
