@@ -258,7 +258,7 @@ def test_white_glass_stays(data, random_normalize):
     slide = NormalizeStain(ColorNormNet(), offset=torch.tensor([0.0, 25.0, -25.0]))
     image = read(data / "edge_cases/almost-white-2.png")
     white = rgb_to_lab(image / 255)[0] > 97
-    assert white.float().mean() > 0.5
+    assert white.float().mean() > 0.1
     assert torch.equal(slide(image)[:, white], image[:, white])
     assert not torch.equal(slide(image), image)
 
