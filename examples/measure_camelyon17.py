@@ -4,30 +4,22 @@ python examples/measure_camelyon17.py --weights camelyon17
 """
 
 import argparse
-import os
-from pathlib import Path
 
 import numpy as np
 import torch
+from camelyon17 import CENTERS, add_data_option, read_center
 from kornia.color import rgb_to_lab
-from PIL import Image
 from torch import Tensor
 
 from stainnorm_transform import NormalizeStain, weights
 
-CENTERS = range(5)
 TISSUE = (10, 88)  # L*
 WHITE = 97  # L*
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--data",
-        type=Path,
-        default=Path(os.environ.get("STAINNORM_DATA", "../shared/data")),
-        help="folder with camelyon17/center_0 ... center_4 (default: $STAINNORM_DATA or ../shared/data)",
-    )
+    add_data_option(parser)
     parser.add_argument("--weights", default=weights.DEFAULT, help="name or path (default: %(default)s)")
     options = parser.parse_args()
 
@@ -35,7 +27,7 @@ def main() -> None:
     print(normalize)
     before, after, moved, batches = [], [], [], []
     for center in CENTERS:
-        images = [read(path) for path in sorted((options.data / "camelyon17" / f"center_{center}").iterdir())]
+        images = list(read_center(options.data, center).values())
         normalized = [normalize(image) for image in images]
         for image, result in zip(images, normalized, strict=True):
             lab, lab_after = rgb_to_lab(image / 255), rgb_to_lab(result / 255)
@@ -61,10 +53,6 @@ def main() -> None:
         f"99th percentile {np.percentile(white, 99):.2f}, max {white.max():.2f}"
     )
     print(f"uint8 batches equal to their images one by one, bit for bit: {sum(batches)} of {len(batches)}")
-
-
-def read(path: Path) -> Tensor:
-    return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
 
 
 def between_centers(means: list[Tensor]) -> float:

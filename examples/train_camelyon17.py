@@ -6,13 +6,11 @@ python examples/train_camelyon17.py --center 0 --out weights/camelyon17.safetens
 import argparse
 import functools
 import multiprocessing
-import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
+from camelyon17 import CENTERS, add_data_option, read_center
 from torch import Tensor
 
 from stainnorm_transform import ColorNormNet, TrainConfig, train, weights
@@ -21,18 +19,13 @@ from stainnorm_transform.training import offset_errors
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--data",
-        type=Path,
-        default=Path(os.environ.get("STAINNORM_DATA", "../shared/data")),
-        help="folder with camelyon17/center_0 ... center_4 (default: $STAINNORM_DATA or ../shared/data)",
-    )
-    parser.add_argument("--center", type=int, default=0, choices=range(5), help="target center (default: %(default)s)")
+    add_data_option(parser)
+    parser.add_argument("--center", type=int, default=0, choices=CENTERS, help="target center (default: %(default)s)")
     parser.add_argument("--iterations", type=int, default=TrainConfig.iterations, help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="weights file to write")
     options = parser.parse_args()
 
-    images = read_folder(options.data / "camelyon17" / f"center_{options.center}")
+    images = read_center(options.data, options.center)
     config = TrainConfig(iterations=options.iterations)
     # One run to a core: the network is too small to be worth several threads.
     with ProcessPoolExecutor(
@@ -70,14 +63,6 @@ def main() -> None:
         },
     )
     print(f"trained on all {len(images)} images: {options.out}")
-
-
-def read_folder(folder: Path) -> dict[str, Tensor]:
-    """The images of a folder by name: uint8, (3, H, W)."""
-    return {
-        path.name: torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
-        for path in sorted(folder.iterdir())
-    }
 
 
 def train_without(images: dict[str, Tensor], left_out: str | None, config: TrainConfig) -> ColorNormNet:

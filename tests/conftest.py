@@ -1,10 +1,8 @@
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from render_tiles import render_tile
 from torch import Tensor
 
@@ -20,10 +18,6 @@ def data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real H&E images: {folder} is not a folder (set STAINNORM_DATA)")
     return folder
-
-
-def read(path: Path) -> Tensor:
-    return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
 
 
 @pytest.fixture(scope="session")

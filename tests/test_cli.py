@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from conftest import read
+from camelyon17 import read
 from PIL import Image
 from render_tiles import render_tile
 from torchvision.transforms.v2.functional import to_pil_image

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import read
+from camelyon17 import read
 from kornia.color import rgb_to_lab
 from render_tiles import render_tile
 

@@ -4,7 +4,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import read
+from camelyon17 import read
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kornia.color import rgb_to_lab

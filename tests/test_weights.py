@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import read
+from camelyon17 import read
 
 from stainnorm_transform import ColorNormNet, NormalizeStain, TrainConfig, weights
 
