@@ -14,6 +14,7 @@ from torch import Tensor
 from stainnorm_transform import NormalizeStain, weights
 
 TISSUE = (10, 88)  # L*
+PALE = (80, 88)  # L*
 WHITE = 97  # L*
 
 
@@ -25,7 +26,7 @@ def main() -> None:
 
     normalize = NormalizeStain.pretrained(options.weights)
     print(normalize)
-    before, after, moved, batches = [], [], [], []
+    before, after, pale, moved, batches = [], [], [], [], []
     for center in CENTERS:
         images = list(read_center(options.data, center).values())
         normalized = [normalize(image) for image in images]
@@ -34,6 +35,8 @@ def main() -> None:
             tissue = (lab[0] > TISSUE[0]) & (lab[0] < TISSUE[1])
             before.append(lab[1:, tissue].mean(dim=1))
             after.append(lab_after[1:, tissue].mean(dim=1))
+            is_pale = (lab[0] > PALE[0]) & (lab[0] < PALE[1])
+            pale.append(torch.stack([values[1:, is_pale].mean(dim=1) for values in (lab, lab_after)]))
             moved.append((lab_after - lab).norm(dim=0)[lab[0] > WHITE])
         tiles = torch.stack([image[:, :512, :512] for image in images])
         batches.append(torch.equal(normalize(tiles), torch.stack([normalize(tile) for tile in tiles])))
@@ -44,6 +47,10 @@ def main() -> None:
         means = ["({:.1f}, {:.1f})".format(*values.mean(dim=0).tolist()) for values in rows]
         spreads = [f"{values.std(dim=0).norm():.1f}" for values in rows]
         print(f"center {center:<8}{means[0]:>16}{means[1]:>16}{spreads[0]:>16}{spreads[1]:>10}")
+    for center in CENTERS:
+        means = torch.stack(pale)[6 * center : 6 * center + 6].nanmean(dim=0).tolist()
+        before_after = " to ".join("({:.1f}, {:.1f})".format(*mean) for mean in means)
+        print(f"center {center}, pale tissue (L* {PALE[0]} to {PALE[1]}): {before_after}")
     near, far = between_centers(after), between_centers(before)
     print(f"mean distance between centers: before {far:.2f}, after {near:.2f}, ratio {near / far:.3f}")
 

@@ -34,9 +34,11 @@ def plan(inputs: Sequence[Path], out: Path, reserved: Sequence[str] = ()) -> dic
         reserved: names in ``out`` that are taken.
 
     Raises:
-        ValueError: no image, two images for one output, or an output that is an input or reserved.
+        ValueError: no image, ``out`` is a file, two images for one output, or an output that is an input or reserved.
         OSError: a folder cannot be read.
     """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"expected a folder to write to, got the file {out}")
     outputs: dict[Path, Path] = {}
     for given in inputs:
         if not given.exists():
@@ -87,7 +89,7 @@ def read(path: Path) -> Image.Image:
         image.load()
         if image.mode in ("1", "L", "LA", "I", "F"):
             raise ValueError(f"a grey image (mode {image.mode}) has no stain color")
-        if image.mode == "P":
+        if image.mode == "P" or "transparency" in image.info:
             resolved = image.convert("RGBA" if "transparency" in image.info else "RGB")
             resolved.info = {key: value for key, value in image.info.items() if key != "transparency"}
             return resolved
@@ -126,6 +128,9 @@ def write(image: Image.Image, path: Path, like: Image.Image | None = None) -> No
         if isinstance(like, TiffImageFile):
             options.pop("dpi", None)
             options["tiffinfo"] = {tag: like.tag_v2[tag] for tag in KEPT_TAGS if tag in like.tag_v2}
+            # tifffile describes the layout of its pixels, which is another one here.
+            if str(options["tiffinfo"].get(ExifTags.Base.ImageDescription, "")).startswith('{"shape"'):
+                del options["tiffinfo"][ExifTags.Base.ImageDescription]
     elif like and like.getexif():
         options["exif"] = like.getexif()
     path.parent.mkdir(parents=True, exist_ok=True)

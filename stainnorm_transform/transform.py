@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -46,8 +47,8 @@ class NormalizeStain(_ImageTransform):
     in sRGB. An image without tissue comes back unchanged, and with ``preserve_white`` so does white glass.
 
     Every image has its own offset, unless ``offset`` or ``for_slide`` fixes one for all. The network is a frozen copy,
-    float32, all buffers and no parameters: whatever is done to the model around it does not change it. Gradients reach
-    the input.
+    float32, all buffers and no parameters: training, unfreezing, ``apply``, ``half`` and autocast of the model around
+    it do not change it. Gradients reach the input.
 
     Args:
         network: a trained ColorNormNet, which is copied.
@@ -79,6 +80,8 @@ class NormalizeStain(_ImageTransform):
     ) -> None:
         super().__init__()
         if offset is not None:
+            if not isinstance(offset, Tensor):
+                raise TypeError(f"expected an offset tensor, got {type(offset).__name__}")
             if offset.shape != (3,):
                 raise ValueError(f"expected an offset of shape (3,), got {tuple(offset.shape)}")
             if not offset.isfinite().all():
@@ -122,15 +125,18 @@ class NormalizeStain(_ImageTransform):
             where none has tissue.
 
         Raises:
+            TypeError: something else than images, such as (image, label) pairs.
             ValueError: there are no tiles.
         """
         total = torch.zeros(3, device=self.network.lab_scale.device)
         seen = 0
         for tile in tiles:
+            if not isinstance(tile, Tensor | PIL.Image.Image):
+                raise TypeError(f"expected tiles that are images or batches of images, got {type(tile).__name__}")
             image = _to_tensor(tile)
             pixels = image.shape[-2] * image.shape[-1]
             total += pixels * tissue_sums(self.network, image).reshape(-1, 3).sum(dim=0)
-            seen += 1
+            seen += math.prod(image.shape[:-3])
         if not seen:
             raise ValueError("expected at least one tile, got none")
         return NormalizeStain(
@@ -209,13 +215,13 @@ class PerturbStain(_ImageTransform):
 
 def _frozen(network: ColorNormNet) -> ColorNormNet:
     """A copy in eval mode whose parameters are buffers and whose batch norm has no training mode."""
-    network = copy.deepcopy(network).eval()
+    network = copy.deepcopy(network).eval().float()
     for module in list(network.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.BatchNorm2d):
                 frozen = FrozenBatchNorm2d(child.num_features, child.eps)
                 frozen.load_state_dict(child.state_dict())
-                setattr(module, name, frozen)
+                setattr(module, name, frozen.float())
         for name, parameter in list(module.named_parameters(recurse=False)):
             delattr(module, name)
             module.register_buffer(name, parameter.detach())

@@ -115,6 +115,22 @@ def test_palettes_are_resolved(run, tmp_path):
         assert out.mode == "RGB"
 
 
+def test_a_transparent_color_becomes_transparency(run, tmp_path):
+    color = tuple(render_tile()[:, 0, 0].tolist())
+    save(tmp_path / "a.png", transparency=color)
+    assert run(tmp_path / "a.png") == 0
+    with Image.open(tmp_path / "out/a.png") as out:
+        assert out.mode == "RGBA"
+        assert out.getpixel((0, 0))[3] == 0
+
+
+def test_the_output_folder_must_not_be_a_file(run, tmp_path, capsys):
+    save(tmp_path / "a.png")
+    (tmp_path / "out").write_text("")
+    assert run(tmp_path / "a.png") == 2
+    assert "expected a folder to write to, got the file" in capsys.readouterr().err
+
+
 def test_blank_images_are_copied_pixel_for_pixel(run, tmp_path):
     save(tmp_path / "a.png", Image.new("RGB", (50, 40), (240, 238, 241)))
     assert run(tmp_path / "a.png") == 0
@@ -311,7 +327,7 @@ def test_contact_sheet_keeps_thumbnails_and_long_captions():
     [
         (["--weights", "nothing"], "expected the name of shipped weights"),
         (["--weights", "none.safetensors"], "none.safetensors"),
-        (["--device", "warp"], "device 'warp' cannot be used"),
+        (["--device", "warp"], "expected a device that is here, like cpu or cuda:0, got 'warp'"),
     ],
 )
 def test_bad_options(run, tmp_path, capsys, options, message):

@@ -205,6 +205,17 @@ def test_computes_in_float32_under_autocast_and_half(random_normalize, tile):
     assert halved(image.half()).dtype == torch.float16
 
 
+def test_computes_in_float32_whatever_the_default_dtype(random_normalize, tile):
+    network = copy.deepcopy(random_normalize.network)
+    torch.set_default_dtype(torch.float64)
+    try:
+        normalize = NormalizeStain(network.double())
+        assert {buffer.dtype for buffer in normalize.buffers()} == {torch.float32}
+        assert torch.equal(normalize(tile), random_normalize(tile))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_pickles_copies_and_restores(transform, tile):
     torch.manual_seed(0)
     expected = transform(tile)
@@ -243,8 +254,11 @@ def test_for_slide_is_one_offset_for_all(random_normalize):
 
 
 def test_for_slide_wants_tiles(random_normalize):
-    with pytest.raises(ValueError, match="at least one tile, got none"):
-        random_normalize.for_slide([])
+    for nothing in ([], [torch.zeros(0, 3, 64, 64)]):
+        with pytest.raises(ValueError, match="at least one tile, got none"):
+            random_normalize.for_slide(nothing)
+    with pytest.raises(TypeError, match="images or batches of images, got tuple"):
+        random_normalize.for_slide([(render_tile(), 1)])
 
 
 def test_what_is_done_to_an_estimate_stays_outside(random_normalize, tile):
@@ -297,6 +311,8 @@ def test_bad_input(transform, sample, error, message):
 def test_bad_arguments():
     with pytest.raises(ValueError, match=r"offset of shape \(3,\), got \(2,\)"):
         NormalizeStain(ColorNormNet(), offset=torch.zeros(2))
+    with pytest.raises(TypeError, match="offset tensor, got list"):
+        NormalizeStain(ColorNormNet(), offset=[0, 1, 2])
     with pytest.raises(ValueError, match="finite offset, got"):
         NormalizeStain(ColorNormNet(), offset=torch.tensor([0.0, torch.nan, 1.0]))
     for max_offset in (-1, float("inf"), float("nan")):
