@@ -117,16 +117,14 @@ def _normalize(options: argparse.Namespace) -> int:
 
 def _normalize_one(transform: NormalizeStain, image: Image.Image) -> tuple[Image.Image, float, float]:
     """The normalized image, its transparency kept, and the (a*, b*) that was taken away."""
-    offset = transform.estimate_offset(_to_tensor(images.flatten(image), transform))
-    colors = shift_ab(_to_tensor(image.convert("RGB"), transform), -offset[1:], transform.preserve_white)
-    after = to_pil_image(colors.cpu())
+    device = transform.network.device
+    colors = pil_to_tensor(image.convert("RGB")).to(device)
+    seen = colors if image.mode == "RGB" else pil_to_tensor(images.flatten(image)).to(device)
+    offset = transform.estimate_offset(seen)
+    after = to_pil_image(shift_ab(colors, -offset[1:], transform.preserve_white).cpu())
     if image.mode == "RGBA":
         after.putalpha(image.getchannel("A"))
     return after, offset[1].item(), offset[2].item()
-
-
-def _to_tensor(image: Image.Image, transform: NormalizeStain) -> torch.Tensor:
-    return pil_to_tensor(image).to(transform.network.lab_scale.device)
 
 
 def _device(name: str | None) -> torch.device:

@@ -80,7 +80,7 @@ def shift_ab(image: Tensor, offset: Tensor, preserve_white: bool = True) -> Tens
         )
 
     def one_batch(batch: Tensor, offsets: Tensor) -> Tensor:
-        if not _one_by_one(batch):
+        if not _eager_on_cpu(batch):
             return _shift_ab(batch, offsets, preserve_white)
         rows = max(1, _STRIP_PIXELS // batch.shape[-1])
         strips = (batch[..., top : top + rows, :] for top in range(0, batch.shape[-2], rows))
@@ -120,14 +120,14 @@ def one_by_one(function: Callable[..., Tensor], image: Tensor, *rows: Tensor) ->
     count = math.prod(leading)
     batch = image.reshape(count, *image.shape[-3:])
     flat = [row.reshape(count, row.shape[-1]) for row in rows]
-    if _one_by_one(image) and count > 1:
+    if _eager_on_cpu(image) and count > 1:
         out = torch.cat([function(*(rows[i : i + 1] for rows in (batch, *flat))) for i in range(count)])
     else:
         out = function(batch, *flat)
     return out.reshape(*leading, *out.shape[1:])
 
 
-def _one_by_one(image: Tensor) -> bool:
+def _eager_on_cpu(image: Tensor) -> bool:
     return image.device.type == "cpu" and not torch.compiler.is_compiling()
 
 

@@ -49,13 +49,14 @@ def plan(inputs: Sequence[Path], out: Path, reserved: Sequence[str] = ()) -> dic
     if not outputs:
         raise ValueError(f"no images ({', '.join(SUFFIXES)}) in {', '.join(str(given) for given in inputs)}")
     sources: dict[Path, Path] = {}
+    taken = {out / name for name in reserved}
     originals = {path.resolve() for path in outputs}
     for path, output in outputs.items():
         if output.resolve() in originals:
             raise ValueError(f"{output} is an input and would be overwritten: choose another output folder")
         if output in sources:
             raise ValueError(f"{sources[output]} and {path} would both be written to {output}: use two output folders")
-        if output in [out / name for name in reserved]:
+        if output in taken:
             raise ValueError(f"{path} would be written to {output}, which is for something else: rename it")
         sources[output] = path
     return outputs

@@ -38,6 +38,11 @@ class ColorNormNet(nn.Module):
         self.register_buffer("lab_scale", torch.tensor([25.0, 20.0, 20.0]).view(3, 1, 1))
         self.register_buffer("offset_scale", torch.tensor(20.0))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self.lab_scale.device
+
     def forward(self, lab: Tensor) -> Tensor:
         """Maps a Lab image (N, 3, H, W), L* in [0, 100], to the offset map (N, 3, H, W) in Lab units."""
         features = self.stem((lab - self.lab_shift) / self.lab_scale)

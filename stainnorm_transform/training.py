@@ -168,11 +168,10 @@ def offset_errors(
         Estimated minus true (a*, b*), Lab units, shape (images, draws, 2).
     """
     offset = random_offset((draws,), max_offset, torch.Generator().manual_seed(0))
-    device = next(network.parameters()).device
     errors = []
     for image in images:
-        copies = small_copy(image[None].to(device)).expand(draws, -1, -1, -1)
-        shifted = shift_ab(copies, offset.to(device), preserve_white)
+        copies = small_copy(image[None].to(network.device)).expand(draws, -1, -1, -1)
+        shifted = shift_ab(copies, offset.to(network.device), preserve_white)
         errors.append(mean_offset(sums_of_copies(network, shifted))[:, 1:].cpu() - offset)
     return torch.stack(errors)
 

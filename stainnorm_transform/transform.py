@@ -128,7 +128,7 @@ class NormalizeStain(_ImageTransform):
             TypeError: something else than images, such as (image, label) pairs.
             ValueError: there are no tiles.
         """
-        total = torch.zeros(3, device=self.network.lab_scale.device)
+        total = torch.zeros(3, device=self.network.device)
         seen = 0
         for tile in tiles:
             if not isinstance(tile, Tensor | PIL.Image.Image):
