@@ -8,13 +8,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
-from stainnorm_transform import __version__, images, weights
+from stainnorm_transform import __version__, cli_train, images, weights
 from stainnorm_transform.color import shift_ab
+from stainnorm_transform.device import choose_device
 from stainnorm_transform.files import replacing
 from stainnorm_transform.transform import NormalizeStain
 
@@ -75,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     normalize.set_defaults(run=_normalize)
 
+    cli_train.add_parser(commands)
+
     listing = commands.add_parser("list", help="show the shipped weights", description="Shows the shipped weights.")
     listing.set_defaults(run=_list)
     return parser
@@ -82,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _normalize(options: argparse.Namespace) -> int:
     outputs = images.plan(options.inputs, options.out, [TABLE, OVERVIEW] if options.overview else [TABLE])
-    transform = NormalizeStain.pretrained(options.weights).to(_device(options.device))
+    transform = NormalizeStain.pretrained(options.weights).to(choose_device(options.device))
     options.out.mkdir(parents=True, exist_ok=True)
     shown = {round(index * (len(outputs) - 1) / (OVERVIEW_PAIRS - 1)) for index in range(OVERVIEW_PAIRS)}
     table: list[tuple[str, str, str, str]] = []
@@ -125,15 +127,6 @@ def _normalize_one(transform: NormalizeStain, image: Image.Image) -> tuple[Image
     if image.mode == "RGBA":
         after.putalpha(image.getchannel("A"))
     return after, offset[1].item(), offset[2].item()
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"expected a device that is here, like cpu or cuda:0, got {name!r}") from error
-    return device
 
 
 def _list(options: argparse.Namespace) -> int:

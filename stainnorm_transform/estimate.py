@@ -24,7 +24,7 @@ TISSUE_TEXTURE = 0.02
 # An image with a smaller share of tissue than this has none: dust, a cover slip's edge.
 TISSUE_SHARE = 0.02
 # Dark tissue weighs more, by this power: the color of its dense stain varies least from slide to slide of one lab.
-DARKNESS_POWER = 3.0
+DARKNESS_POWER = 2.0
 
 
 def estimate_offset(network: ColorNormNet, image: Tensor) -> Tensor:
@@ -60,12 +60,20 @@ def sums_of_copies(network: ColorNormNet, copies: Tensor) -> Tensor:
     """As ``tissue_sums``, for what ``small_copy`` returned."""
     lab = rgb_to_lab(copies)
     weight = tissue_weight(lab)
-    share = (weight > 0).float().mean(dim=(-1, -2), keepdim=True)
-    weight = torch.where(share >= TISSUE_SHARE, weight, 0)
+    weight = torch.where(_enough(weight), weight, 0)
     weighted = weight * torch.cat([network(lab)[:, 1:], torch.ones_like(weight)], dim=1)
     # The order of a float64 sum does not show in float32; mps has none.
     precise = weighted if weighted.device.type == "mps" else weighted.double()
     return precise.mean(dim=(-1, -2)).float()
+
+
+def has_tissue(copies: Tensor) -> Tensor:
+    """Whether images have enough tissue for an estimate: (N,), for what ``small_copy`` returned."""
+    return _enough(tissue_weight(rgb_to_lab(copies))).flatten()
+
+
+def _enough(weight: Tensor) -> Tensor:
+    return (weight > 0).float().mean(dim=(-1, -2), keepdim=True) >= TISSUE_SHARE
 
 
 def small_copy(image: Tensor, scale: float | None = None) -> Tensor:

@@ -9,6 +9,9 @@ from typing import Any
 
 from PIL import ExifTags, Image, ImageDraw, ImageFont
 from PIL.TiffImagePlugin import TiffImageFile
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from stainnorm_transform.files import replacing
 
@@ -39,15 +42,7 @@ def plan(inputs: Sequence[Path], out: Path, reserved: Sequence[str] = ()) -> dic
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"expected a folder to write to, got the file {out}")
-    outputs: dict[Path, Path] = {}
-    for given in inputs:
-        if not given.exists():
-            raise ValueError(f"{given} does not exist")
-        for path in _walk(given, out.resolve()) if given.is_dir() else [given]:
-            output = out / (path.relative_to(given) if given.is_dir() else path.name)
-            outputs.setdefault(Path(os.path.abspath(path)), output)
-    if not outputs:
-        raise ValueError(f"no images ({', '.join(SUFFIXES)}) in {', '.join(str(given) for given in inputs)}")
+    outputs = {path: out / below for path, below in find(inputs, skip=out).items()}
     sources: dict[Path, Path] = {}
     taken = {out / name for name in reserved}
     originals = {path.resolve() for path in outputs}
@@ -62,7 +57,30 @@ def plan(inputs: Sequence[Path], out: Path, reserved: Sequence[str] = ()) -> dic
     return outputs
 
 
-def _walk(folder: Path, skip: Path) -> Iterator[Path]:
+def find(inputs: Sequence[Path], skip: Path | None = None) -> dict[Path, Path]:
+    """The images among files and in folders, searched recursively: absolute path -> path below its input folder.
+
+    Args:
+        inputs: images and folders.
+        skip: a folder not to search.
+
+    Raises:
+        ValueError: an input does not exist, or there is no image.
+        OSError: a folder cannot be read.
+    """
+    found: dict[Path, Path] = {}
+    for given in inputs:
+        if not given.exists():
+            raise ValueError(f"{given} does not exist")
+        for path in _walk(given, skip.resolve() if skip else None) if given.is_dir() else [given]:
+            below = path.relative_to(given) if given.is_dir() else Path(path.name)
+            found.setdefault(Path(os.path.abspath(path)), below)
+    if not found:
+        raise ValueError(f"no images ({', '.join(SUFFIXES)}) in {', '.join(str(given) for given in inputs)}")
+    return found
+
+
+def _walk(folder: Path, skip: Path | None) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise error
 
@@ -104,6 +122,35 @@ def _bits(image: Image.Image) -> int:
     if isinstance(image, TiffImageFile):
         return int(max(image.tag_v2.get(ExifTags.Base.BitsPerSample, (8,))))
     return 16 if ";16" in str(image.tile) else 8  # type: ignore[attr-defined]
+
+
+class ImageFiles(Dataset[Tensor]):
+    """The images of files as uint8 tensors (3, H, W), on white glass where transparent.
+
+    Args:
+        paths: the files.
+        memory: how many bytes of images to keep, instead of reading them again.
+    """
+
+    def __init__(self, paths: Sequence[Path], memory: int = 1 << 30) -> None:
+        self.paths = list(paths)
+        self.memory = memory
+        self.kept: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        if index in self.kept:
+            return self.kept[index]
+        try:
+            image = pil_to_tensor(flatten(read(self.paths[index])))
+        except Exception as error:
+            raise ValueError(f"{self.paths[index]}: {error or type(error).__name__}") from error
+        if image.nbytes <= self.memory:
+            self.memory -= image.nbytes
+            self.kept[index] = image
+        return image
 
 
 def flatten(image: Image.Image) -> Image.Image:

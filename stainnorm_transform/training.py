@@ -1,62 +1,83 @@
-"""Training a ColorNormNet on tiles of the target, without pairs: it learns to undo known a*, b* offsets."""
+"""Training a ColorNormNet on images of the target, without pairs: it learns to undo known a*, b* offsets."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from kornia.color import rgb_to_lab
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor, nn
 
-from stainnorm_transform.color import check_image, random_offset, shift_ab
-from stainnorm_transform.estimate import mean_offset, small_copy, sums_of_copies, tissue_weight
+from stainnorm_transform import checkpoint as checkpoints
+from stainnorm_transform.color import random_offset, shift_batch
+from stainnorm_transform.crops import Batch, batches, each_image
+from stainnorm_transform.distributed import mean_over_processes, parallel, rank_and_count
+from stainnorm_transform.estimate import mean_offset, small_copy, sums_of_copies
 from stainnorm_transform.network import ColorNormNet
+
+
+def _setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What a training run depends on besides its tiles.
+    """What a training run depends on besides its images; ``stainnorm train --help`` says what each setting is.
 
     Optimizer and loss are those of arXiv 2011.15000. Its learning rate of 0.001 left larger held-out errors after the
     same number of iterations; the rest is ours.
     """
 
-    iterations: int = 1500
-    batch_size: int = 32  # crops
-    crop: int = 48  # pixels, after downsampling
-    scales: tuple[float, float] = (1.0, 8.0)  # area-downsampling factors, drawn log-uniformly
-    max_offset: float = 40.0  # da, db ~ U(-max_offset, max_offset), Lab units
-    preserve_white: bool = True  # offsets fade out from L* = 80 to 97; False: uniform, as in the paper
-    learning_rate: float = 0.005  # Adam, peak of the schedule
-    l2_weight: float = 0.1  # lambda in L1 + lambda * L2, per Lab unit
-    min_tissue: float = 0.3  # share of a crop
-    report_every: int = 100  # iterations
-    seed: int = 0
+    iterations: int = _setting(1200, "batches to train on")
+    batch_size: int = _setting(16, "crops in a batch, over all processes")
+    crop: int = _setting(32, "side of a crop in pixels, after downsampling")
+    scales: tuple[float, float] = _setting((1.5, 12.0), "area-downsampling of crops, drawn log-uniformly between these")
+    max_offset: float = _setting(40.0, "largest shift of a* and b*, in Lab units")
+    preserve_white: bool = _setting(True, "fade shifts out from L* = 60 to 97; without it as in the paper, everywhere")
+    learning_rate: float = _setting(0.01, "of Adam, at the peak of the schedule")
+    l2_weight: float = _setting(0.1, "lambda in the loss L1 + lambda * L2, per Lab unit")
+    min_tissue: float = _setting(0.3, "least share of tissue in a crop")
+    report_every: int = _setting(100, "iterations between measurements, and between checkpoints")
+    seed: int = _setting(0, "of crops, shifts and the first weights")
 
     def __post_init__(self) -> None:
         for name in ("max_offset", "learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"expected a finite {name} > 0, got {getattr(self, name)}")
+        if not 0 <= self.l2_weight < math.inf:
+            raise ValueError(f"expected a finite l2_weight >= 0, got {self.l2_weight}")
         if not 0 < self.min_tissue <= 1:
             raise ValueError(f"expected 0 < min_tissue <= 1, got {self.min_tissue}")
         for name in ("iterations", "batch_size", "crop", "report_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} >= 1, got {getattr(self, name)}")
-        if len(self.scales) != 2 or not 1 <= self.scales[0] <= self.scales[1]:
+        if self.seed < 0:
+            raise ValueError(f"expected seed >= 0, got {self.seed}")
+        if len(self.scales) != 2 or not 1 <= self.scales[0] <= self.scales[1] < math.inf:
             raise ValueError(f"expected scales (low, high) with 1 <= low <= high, got {self.scales}")
 
 
 @dataclass(frozen=True)
 class Report:
-    """Where a run stands: ``loss`` is the mean since the last report, ``held_out_error`` (a*, b*) in Lab units."""
+    """Where a run stands after an iteration.
+
+    Attributes:
+        iteration: how many are done.
+        loss: mean since the last measurement.
+        held_out_error: (a*, b*) in Lab units, as last measured; None before, or without held-out images.
+        measured: whether this iteration ended with a measurement and a checkpoint.
+    """
 
     iteration: int
     loss: float
     held_out_error: tuple[float, float] | None
+    measured: bool
 
     def __str__(self) -> str:
         text = f"iteration {self.iteration}: loss {self.loss:.2f}"
@@ -65,65 +86,105 @@ class Report:
         return text
 
 
+def print_measured(report: Report) -> None:
+    """Prints a report if it is of a measurement."""
+    if report.measured:
+        print(report, flush=True)
+
+
 def train(
-    tiles: Sequence[Tensor],
+    images: Any,
     config: TrainConfig | None = None,
     *,
-    held_out: Sequence[Tensor] = (),
+    held_out: Any = (),
     device: str | torch.device = "cpu",
-    report: Callable[[Report], None] = print,
+    workers: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    report: Callable[[Report], None] = print_measured,
 ) -> ColorNormNet:
-    """Trains a network whose target is the color of ``tiles``.
+    """Trains a network whose target is the color of ``images``.
 
-    Each iteration takes crops of random tiles at random scales, shifts each by a random (da, db), and asks the network
+    Each iteration takes crops of random images at random scales, shifts each by a random (da, db), and asks the network
     for that offset; the loss is L1 + lambda * L2 over the tissue, of the map and of its mean, which is the offset
-    that NormalizeStain uses. The same tiles, config and device give the same network.
+    that NormalizeStain uses. The same images, config and device give the same network, whatever ``workers`` is and
+    however often the run was interrupted.
+
+    In an initialized ``torch.distributed`` process group, all processes call this together; each computes its part of
+    every batch, and the first reports and writes.
 
     Args:
-        tiles: sRGB images of the target, a list or a map-style dataset of tensors of shape (3, H, W), uint8 or
-            floating point in [0, 1], of any sizes from ``config.crop``. All are drawn equally often.
+        images: images of the target, of any sizes from ``config.crop``: a list or map-style dataset, from which all are
+            drawn equally often, or an iterable, such as a DataLoader, that can be read again and is read in its own
+            order. An image is a PIL image of mode RGB or a tensor (3, H, W), uint8 or floating point in [0, 1], alone
+            or first in a tuple; an iterable may also give batches (N, 3, H, W). Images are not kept in memory.
         config: the recipe.
-        held_out: images of the target that are not in ``tiles``, to measure ``Report.held_out_error`` on.
+        held_out: images of the target that are not in ``images``, to measure ``Report.held_out_error`` on. Small copies
+            of them are kept.
         device: where to train.
-        report: called every ``config.report_every`` iterations and at the end; prints by default.
+        workers: processes that read a map-style dataset.
+        checkpoint: a ``.safetensors`` file for the state of the run, written at the start and at every measurement.
+            If it exists, the run goes on from it. It stays when the run is done.
+        report: called after every iteration; by default prints the measurements.
 
     Returns:
         The network, on the CPU, frozen and in eval mode.
 
     Raises:
-        ValueError: there are no tiles, one is smaller than a crop, none has tissue, or the loss is not finite.
+        TypeError: something that is no image.
+        ValueError: there are no images, one is smaller than a crop, none has tissue, the loss is not finite, or the
+            checkpoint is of another run.
+        OSError: the checkpoint cannot be written.
     """
     config = config or TrainConfig()
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        network = ColorNormNet().to(device)
+    part = rank, count = rank_and_count()
+    if config.batch_size % count:
+        raise ValueError(f"expected a batch_size that {count} processes can share, got {config.batch_size}")
+    network = _initial(config.seed).to(device)
+    trained = parallel(network) if count > 1 else network
     optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step / config.iterations))
-    # The generator keeps the loader from drawing from the caller's.
-    loader = DataLoader(_Crops(tiles, config), batch_size=config.batch_size, generator=torch.Generator())
+    copies = [small_copy(image[None]).to(device) for image in each_image(held_out)] if rank == 0 else []
+
+    start = 0
+    if checkpoint is not None:
+        first_colors = next(batches(images, config, 0)).crops.mean(dim=(-1, -2))
+        if Path(checkpoint).exists():
+            start = checkpoints.load(checkpoint, network, optimizer, config, first_colors)
+        elif rank == 0:
+            # Twice: the second needs room beside the first, as every later one will.
+            for _ in range(2):
+                checkpoints.save(checkpoint, network, optimizer, 0, config, first_colors)
+
     losses: list[float] = []
-    for iteration, (crops, offset) in enumerate(loader, start=1):
-        crops, offset = crops.to(device), offset.to(device)
-        loss = offset_loss(network, crops, offset, config)
+    error = None
+    for iteration, batch in enumerate(batches(images, config, start, part=part, workers=workers), start=start + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * warmup_cosine((iteration - 1) / config.iterations)
+        loss = offset_loss(trained, Batch(*(values.to(device) for values in batch)), config)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
+        losses.append(mean_over_processes(loss.detach()).item())
         if not math.isfinite(losses[-1]):
             raise ValueError(f"the loss is {losses[-1]} at iteration {iteration}: lower the learning rate")
-        if iteration % config.report_every == 0 or iteration == config.iterations:
-            error = None
-            if len(held_out):
-                network.eval()
-                a_error, b_error = (
-                    offset_errors(network, held_out, config.preserve_white).abs().mean(dim=(0, 1)).tolist()
-                )
-                error = (a_error, b_error)
-                network.train()
-            report(Report(iteration, sum(losses) / len(losses), error))
+        measured = iteration % config.report_every == 0 or iteration == config.iterations
+        if rank == 0:
+            if measured and copies:
+                error = _mean_error(network, copies, config)
+            if measured and checkpoint is not None:
+                checkpoints.save(checkpoint, network, optimizer, iteration, config, first_colors)
+            report(Report(iteration, sum(losses) / len(losses), error, measured))
+        if measured:
             losses = []
-    return network.cpu().eval().requires_grad_(False)
+
+    result = _initial(config.seed)
+    result.load_state_dict(network.state_dict())
+    return result.eval().requires_grad_(False)
+
+
+def _initial(seed: int) -> ColorNormNet:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return ColorNormNet()
 
 
 def warmup_cosine(progress: float) -> float:
@@ -131,12 +192,11 @@ def warmup_cosine(progress: float) -> float:
     return min(1.0, 0.01 + progress / 0.1) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def offset_loss(network: ColorNormNet, crops: Tensor, offset: Tensor, config: TrainConfig) -> Tensor:
-    """The self-supervised loss: crops (N, 3, H, W) in RGB are shifted by ``offset`` (N, 2), which is then predicted."""
-    source = rgb_to_lab(shift_ab(crops, offset, config.preserve_white))
-    weight = tissue_weight(rgb_to_lab(crops))
-    weight = weight / weight.sum(dim=(-1, -2), keepdim=True).clamp(min=1e-6)
-    error = network(source) - F.pad(offset, (1, 0))[..., None, None]
+def offset_loss(network: nn.Module, batch: Batch, config: TrainConfig) -> Tensor:
+    """The self-supervised loss: crops are shifted by the offsets, which the network is to predict."""
+    source = rgb_to_lab(shift_batch(batch.crops, batch.offset, config.preserve_white))
+    weight = batch.weight / batch.weight.sum(dim=(-1, -2), keepdim=True).clamp(min=1e-6)
+    error = network(source) - F.pad(batch.offset, (1, 0))[..., None, None]
 
     def l1_l2(error: Tensor) -> Tensor:
         return error.abs() + config.l2_weight * error**2
@@ -146,10 +206,9 @@ def offset_loss(network: ColorNormNet, crops: Tensor, offset: Tensor, config: Tr
     return of_map + of_mean
 
 
-@torch.no_grad()
 def offset_errors(
     network: ColorNormNet,
-    images: Sequence[Tensor],
+    images: Any,
     preserve_white: bool = True,
     *,
     max_offset: float = 30.0,
@@ -159,7 +218,7 @@ def offset_errors(
 
     Args:
         network: in eval mode.
-        images: images of the target, shape (3, H, W), of any sizes.
+        images: images of the target, as for ``train``.
         preserve_white: as the network was trained.
         max_offset: shifts are uniform in [-max_offset, max_offset], Lab units, the same on every call.
         draws: shifts per image.
@@ -167,59 +226,24 @@ def offset_errors(
     Returns:
         Estimated minus true (a*, b*), Lab units, shape (images, draws, 2).
     """
+    copies = (small_copy(image[None].to(network.device)) for image in each_image(images))
+    return _errors_of_copies(network, copies, preserve_white, max_offset, draws)
+
+
+@torch.no_grad()
+def _errors_of_copies(
+    network: ColorNormNet, copies: Iterable[Tensor], preserve_white: bool, max_offset: float = 30.0, draws: int = 16
+) -> Tensor:
     offset = random_offset((draws,), max_offset, torch.Generator().manual_seed(0))
     errors = []
-    for image in images:
-        copies = small_copy(image[None].to(network.device)).expand(draws, -1, -1, -1)
-        shifted = shift_ab(copies, offset.to(network.device), preserve_white)
+    for copy in copies:
+        shifted = shift_batch(copy.expand(draws, -1, -1, -1), offset.to(network.device), preserve_white)
         errors.append(mean_offset(sums_of_copies(network, shifted))[:, 1:].cpu() - offset)
     return torch.stack(errors)
 
 
-class _Crops(Dataset[tuple[Tensor, Tensor]]):
-    """Crops of tiles with the offsets to shift them by; item ``index`` depends on the seed and the index alone."""
-
-    attempts = 100
-
-    def __init__(self, tiles: Sequence[Tensor], config: TrainConfig) -> None:
-        if len(tiles) == 0:
-            raise ValueError("expected at least one tile, got none")
-        self.tiles = tiles
-        self.config = config
-
-    def __len__(self) -> int:
-        return self.config.iterations * self.config.batch_size
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        if index >= len(self):
-            raise IndexError(index)
-        generator = torch.Generator().manual_seed((self.config.seed << 32) + index)
-        for _ in range(self.attempts):
-            crop = self._crop(generator)
-            if (tissue_weight(rgb_to_lab(crop)) > 0).float().mean() >= self.config.min_tissue:
-                return crop[0], random_offset((), self.config.max_offset, generator)
-        raise ValueError(
-            f"no crop with {self.config.min_tissue:.0%} tissue in {self.attempts} draws from {len(self.tiles)} tiles: "
-            "are they H&E images?"
-        )
-
-    def _crop(self, generator: torch.Generator) -> Tensor:
-        tile = self.tiles[_randint(len(self.tiles), generator)]
-        check_image(tile)
-        if tile.ndim != 3:
-            raise ValueError(f"expected tiles of shape (3, H, W), got {tuple(tile.shape)}")
-        height, width = tile.shape[-2:]
-        crop = self.config.crop
-        if min(height, width) < crop:
-            raise ValueError(f"expected tiles of at least {crop} x {crop} pixels, got {height} x {width}")
-        low, high = (math.log(scale) for scale in self.config.scales)
-        scale = math.exp(low + (high - low) * float(torch.rand((), generator=generator)))
-        side = min(round(crop * scale), height, width)
-        top, left = _randint(height - side + 1, generator), _randint(width - side + 1, generator)
-        region = small_copy(tile[None, :, top : top + side, left : left + side], side / crop)
-        turned = torch.rot90(region, _randint(4, generator), dims=(-2, -1))
-        return turned.flip(-1) if _randint(2, generator) else turned
-
-
-def _randint(stop: int, generator: torch.Generator) -> int:
-    return int(torch.randint(stop, (), generator=generator))
+def _mean_error(network: ColorNormNet, copies: Sequence[Tensor], config: TrainConfig) -> tuple[float, float]:
+    network.eval()
+    a_error, b_error = _errors_of_copies(network, copies, config.preserve_white).abs().mean(dim=(0, 1)).tolist()
+    network.train()
+    return a_error, b_error

@@ -1,13 +1,17 @@
 import pytest
+import safetensors.torch
 import torch
 from kornia.color import rgb_to_lab
 from render_tiles import render_tile
 
 from stainnorm_transform import ColorNormNet, NormalizeStain, TrainConfig, train
 from stainnorm_transform.color import shift_ab
-from stainnorm_transform.training import _Crops, offset_errors, offset_loss, warmup_cosine
+from stainnorm_transform.crops import Batch
+from stainnorm_transform.estimate import tissue_weight
+from stainnorm_transform.training import offset_errors, offset_loss, warmup_cosine
 
 SHORT = TrainConfig(iterations=4, batch_size=4, crop=32, scales=(1.0, 2.0), report_every=2)
+TILES = [render_tile(seed, 64) for seed in range(3)]
 
 
 class Constant(ColorNormNet):
@@ -23,10 +27,10 @@ class Constant(ColorNormNet):
 
 def test_loss_is_l1_plus_lambda_l2_of_map_and_mean():
     crops = torch.stack([render_tile(seed) for seed in range(3)]) / 255
-    offset = torch.tensor([[5.0, -7.0]] * 3)
-    right = offset_loss(Constant(0.0, 5.0, -7.0), crops, offset, TrainConfig())
+    batch = Batch(crops, tissue_weight(rgb_to_lab(crops)), torch.tensor([[5.0, -7.0]] * 3))
+    right = offset_loss(Constant(0.0, 5.0, -7.0), batch, TrainConfig())
     assert right.item() == pytest.approx(0, abs=1e-4)
-    wrong = offset_loss(Constant(1.0, 5.0, -3.0), crops, offset, TrainConfig(l2_weight=0.5))
+    wrong = offset_loss(Constant(1.0, 5.0, -3.0), batch, TrainConfig(l2_weight=0.5))
     # Errors (1, 0, 4) everywhere: L1 + 0.5 L2 is 1.5 and 12, averaged over channels, for the map and for its mean.
     assert wrong.item() == pytest.approx(2 * (1.5 + 12) / 3, rel=1e-4)
 
@@ -46,7 +50,10 @@ def test_training_learns_the_offset():
     tiles = [render_tile(seed) for seed in range(4)]
     config = TrainConfig(iterations=200, batch_size=8, crop=32, scales=(1.0, 1.0), report_every=100)
     network = train(tiles, config, held_out=[render_tile(9)], report=reports.append)
-    assert [report.iteration for report in reports] == [100, 200]
+    assert [report.iteration for report in reports] == list(range(1, 201))
+    assert [report.iteration for report in reports if report.measured] == [100, 200]
+    assert reports[98].held_out_error is None
+    assert reports[198].held_out_error == reports[99].held_out_error != reports[199].held_out_error
     # Offsets of up to 30 are 15 off on average when nothing is learned.
     assert max(reports[-1].held_out_error) < 8
     normalize = NormalizeStain(network)
@@ -74,46 +81,68 @@ def test_returns_a_frozen_network_and_prints_progress(capsys):
     assert "held-out error a* " in lines[1]
 
 
-def test_tiles_are_drawn_equally_often_and_crops_hold_tissue():
-    small = render_tile(0, 128)
-    large = shift_ab(render_tile(1, 256), torch.tensor([0.0, 40.0]))
-    crops = _Crops([small, large], TrainConfig(crop=32, scales=(1.0, 2.0)))
-    means = []
-    for index in range(200):
-        crop, offset = crops[index]
-        assert crop.shape == (3, 32, 32)
-        assert offset.abs().max() <= 40
-        lab = rgb_to_lab(crop)
-        assert (lab[0] < 88).float().mean() >= 0.3
-        means.append(lab[2].mean() > 0)
-    assert 60 < sum(means) < 140
+def interrupted_at(iteration):
+    def report(report):
+        if report.iteration == iteration:
+            raise KeyboardInterrupt
+
+    return report
+
+
+@pytest.mark.parametrize("iteration", [1, 5, 8, 11])
+def test_a_run_interrupted_anywhere_ends_as_if_it_had_not_been(tmp_path, iteration):
+    config = TrainConfig(**{**vars(SHORT), "iterations": 12, "report_every": 4})
+    expected = train(TILES, config, report=lambda _: None).state_dict()
+    checkpoint = tmp_path / "run.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        train(TILES, config, checkpoint=checkpoint, report=interrupted_at(iteration))
+    reports = []
+    state = train(TILES, config, checkpoint=checkpoint, report=reports.append).state_dict()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    # What is repeated is what came after the last measurement.
+    assert reports[0].iteration == (iteration - 1) // 4 * 4 + 1 if iteration % 4 else iteration // 4 * 4 + 1
+    reports.clear()
+    again = train(TILES, config, checkpoint=checkpoint, report=reports.append).state_dict()
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+    assert reports == []
+
+
+def test_a_checkpoint_of_another_run_or_half_of_one_is_refused(tmp_path):
+    checkpoint = tmp_path / "run.safetensors"
+    train(TILES, SHORT, checkpoint=checkpoint, report=lambda _: None)
+    whole = checkpoint.read_bytes()
+    with pytest.raises(ValueError, match=r"other settings: learning_rate 0\.01, now 0\.1, seed 0, now 3"):
+        train(TILES, TrainConfig(**{**vars(SHORT), "seed": 3, "learning_rate": 0.1}), checkpoint=checkpoint)
+    with pytest.raises(ValueError, match="is of a run with other images"):
+        train([render_tile(7, 64)], SHORT, checkpoint=checkpoint)
+    assert checkpoint.read_bytes() == whole
+    for size in [0, 1, 8, 100, len(whole) // 2, len(whole) - 1]:
+        checkpoint.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="expected the checkpoint of a training run"):
+            train(TILES, SHORT, checkpoint=checkpoint)
+    safetensors.torch.save_file({"stem.weight": torch.zeros(1)}, checkpoint)
+    with pytest.raises(ValueError, match="expected the checkpoint of a training run"):
+        train(TILES, SHORT, checkpoint=checkpoint)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_noticed_before_training(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        train(TILES, SHORT, checkpoint=tmp_path / "missing" / "run.safetensors", report=interrupted_at(1))
+
+
+def test_the_number_of_workers_does_not_change_the_network():
+    states = [train(TILES, SHORT, workers=workers, report=lambda _: None).state_dict() for workers in (0, 2)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def test_paper_recipe_shifts_white_as_well():
-    crops = torch.ones(1, 3, 16, 16)
-    offset = torch.tensor([[10.0, 10.0]])
+    batch = Batch(torch.ones(1, 3, 16, 16), torch.ones(1, 1, 16, 16), torch.tensor([[10.0, 10.0]]))
     for preserve_white, moved in ((True, False), (False, True)):
         seen = []
         network = ColorNormNet()
         network.stem.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
-        offset_loss(network, crops, offset, TrainConfig(preserve_white=preserve_white))
+        offset_loss(network, batch, TrainConfig(preserve_white=preserve_white))
         assert (seen[0][:, 1:].abs().max() > 0.1) == moved
-
-
-@pytest.mark.parametrize(
-    ("tiles", "message"),
-    [
-        ([], "at least one tile, got none"),
-        ([torch.full((3, 64, 64), 255, dtype=torch.uint8)], "no crop with 30% tissue"),
-        ([torch.full((3, 64, 64), 90, dtype=torch.uint8)], "no crop with 30% tissue"),
-        ([torch.zeros(3, 20, 64)], "at least 32 x 32 pixels, got 20 x 64"),
-        ([torch.zeros(4, 64, 64)], r"shape \(\.\.\., 3, H, W\)"),
-        ([torch.zeros(1, 3, 64, 64)], r"tiles of shape \(3, H, W\), got \(1, 3, 64, 64\)"),
-    ],
-)
-def test_bad_tiles(tiles, message):
-    with pytest.raises(ValueError, match=message):
-        train(tiles, SHORT)
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 10])
@@ -150,6 +179,9 @@ def test_loss_that_is_not_finite_stops_the_run():
         ({"max_offset": float("nan")}, "finite max_offset > 0, got nan"),
         ({"learning_rate": 0}, "finite learning_rate > 0"),
         ({"min_tissue": 2}, "0 < min_tissue <= 1"),
+        ({"l2_weight": -1}, "l2_weight >= 0, got -1"),
+        ({"seed": -1}, "seed >= 0, got -1"),
+        ({"scales": (1, float("inf"))}, r"got \(1, inf\)"),
     ],
 )
 def test_bad_config(fields, message):

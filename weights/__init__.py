@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 DEFAULT = "camelyon17"
 METADATA_KEY = "stainnorm_transform"
 MAX_BYTES = 1_000_000
+# What networks were trained with outside of their config: the color shift, tissue and scales. Raised when these change.
+FORMAT = 1
 
 # Shipped weights, NAME.safetensors beside this file: name -> sha256.
 SHA256 = {
@@ -82,6 +84,8 @@ def load(name_or_path: str | os.PathLike[str] = DEFAULT) -> Weights:
         tensors = safetensors.torch.load(content)
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {})[METADATA_KEY])
+        if (number := metadata.pop("format", 0)) != FORMAT:
+            raise ValueError(f"{path} has format {number}, this version of the package reads {FORMAT}: train it again")
         network = ColorNormNet()
         network.load_state_dict(tensors)
         weights = Weights(network, **metadata)
@@ -120,12 +124,9 @@ def save(
         ValueError: the path does not end in ``.safetensors``.
         FileNotFoundError: its folder does not exist.
     """
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"expected a path ending in .safetensors, got {path}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"the folder of {path} does not exist")
+    path = check_path(path)
     metadata = {
+        "format": FORMAT,
         "target": target or path.stem,
         "config": dataclasses.asdict(config),
         "data": dict(data or {}),
@@ -135,3 +136,18 @@ def save(
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     with replacing(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, {METADATA_KEY: json.dumps(metadata)})
+
+
+def check_path(path: str | os.PathLike[str]) -> Path:
+    """The path of weights to write.
+
+    Raises:
+        ValueError: it does not end in ``.safetensors``.
+        FileNotFoundError: its folder does not exist.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"expected a path ending in .safetensors, got {path}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder of {path} does not exist")
+    return path

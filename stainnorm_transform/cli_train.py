@@ -1,0 +1,249 @@
+"""The command ``stainnorm train``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import Subset
+from tqdm import tqdm
+
+from stainnorm_transform import images, weights
+from stainnorm_transform.device import choose_device
+from stainnorm_transform.distributed import rank_and_count
+from stainnorm_transform.estimate import has_tissue, small_copy
+from stainnorm_transform.network import ColorNormNet
+from stainnorm_transform.training import Report, TrainConfig, offset_errors, print_measured, train
+
+# Without --held-out, one image in this many is held out, and at most this many images.
+HELD_OUT_EVERY, HELD_OUT_MOST = 5, 50
+NAMED = 10
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds ``train`` to the commands."""
+    parser = commands.add_parser(
+        "train",
+        help="make weights for your own target",
+        description="Trains weights whose target is the color of the given H&E images (PNG, JPEG, TIFF; tiles or large "
+        "fields): a hundred tiles from ten or more slides of one lab are a good start. Needs no labels and no other "
+        "lab's images.",
+        epilog="The state of the run is kept in NAME.checkpoint.safetensors until it is done; --resume goes on from "
+        "there. On several devices: torchrun --nproc-per-node COUNT --no-python stainnorm train ...",
+    )
+    parser.add_argument(
+        "inputs", nargs="+", type=Path, metavar="INPUT", help="image, or folder of images, searched with its subfolders"
+    )
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="NAME.safetensors", help="weights file to write; must not exist"
+    )
+    parser.add_argument(
+        "--held-out",
+        nargs="+",
+        type=Path,
+        metavar="INPUT",
+        help="images to measure the error on and not to train on, best from slides of their own (default: one image in "
+        f"{HELD_OUT_EVERY}, at most {HELD_OUT_MOST})",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run, if there is one")
+    parser.add_argument(
+        "--device", help="where to compute: cpu, cuda, cuda:1 (default: cuda if there is one, else cpu)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=0, metavar="COUNT", help="processes that read images (default: %(default)s)"
+    )
+    settings = parser.add_argument_group("settings, good as they are")
+    for field in dataclasses.fields(TrainConfig):
+        name, shown = "--" + field.name.replace("_", "-"), field.metadata["help"]
+        if isinstance(field.default, bool):
+            settings.add_argument(
+                name, action=argparse.BooleanOptionalAction, default=field.default, help=f"{shown} (default: yes)"
+            )
+        elif isinstance(field.default, tuple):
+            low, high = field.default
+            settings.add_argument(
+                name,
+                nargs=2,
+                type=float,
+                metavar=("LOW", "HIGH"),
+                default=field.default,
+                help=f"{shown} (default: {low:g} {high:g})",
+            )
+        else:
+            settings.add_argument(
+                name,
+                type=type(field.default),
+                metavar="N" if isinstance(field.default, int) else "X",
+                default=field.default,
+                help=f"{shown} (default: %(default)s)",
+            )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Trains as the options say; returns the exit status."""
+    settings = {field.name: getattr(options, field.name) for field in dataclasses.fields(TrainConfig)}
+    config = TrainConfig(**{**settings, "scales": tuple(settings["scales"])})
+    out: Path = options.out
+    checkpoint = out.with_suffix(".checkpoint.safetensors")
+    weights.check_path(out)
+    if not checkpoint.exists() and out.exists():
+        if options.resume:
+            print(f"{out} is finished: there is nothing to resume")
+            return 0
+        raise ValueError(f"{out} exists: choose another name, or remove it first")
+    if checkpoint.exists() and not options.resume:
+        raise ValueError(f"{checkpoint} is of an interrupted run: add --resume to go on, or remove it to start again")
+
+    with _process_group(options.device) as device:
+        is_first = rank_and_count()[0] == 0
+        training, held_out = _split(options.inputs, options.held_out, config, is_first)
+        if is_first:
+            print(f"training on {len(training)} images, measuring on {len(held_out)} others; {device}", flush=True)
+        with _reporting(config, is_first) as report:
+            try:
+                network = train(
+                    training,
+                    config,
+                    held_out=held_out,
+                    device=device,
+                    workers=options.workers,
+                    checkpoint=checkpoint,
+                    report=report,
+                )
+            except KeyboardInterrupt:
+                print(f"stainnorm: interrupted; add --resume to go on from {checkpoint}", file=sys.stderr)
+                return 130
+        if is_first:
+            _finish(network, config, out, training, held_out)
+            checkpoint.unlink()
+    return 0
+
+
+@contextlib.contextmanager
+def _process_group(device: str | None) -> Iterator[torch.device]:
+    """The device of this process, within the process group if torchrun started it."""
+    if "WORLD_SIZE" not in os.environ:
+        yield choose_device(device)
+        return
+    if device is None and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    chosen = choose_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield chosen
+    finally:
+        dist.destroy_process_group()
+
+
+def _split(
+    inputs: Sequence[Path], held_out: Sequence[Path] | None, config: TrainConfig, show: bool
+) -> tuple[Subset[Tensor], Subset[Tensor]]:
+    """The images to train on and those to measure on. Images that cannot be used are named and left out."""
+    apart = list(images.find(held_out)) if held_out else []
+    paths = [*apart, *(path for path in images.find(inputs) if path not in set(apart))]
+    files = images.ImageFiles(paths)
+    usable, unusable = [], []
+    for index, path in enumerate(tqdm(paths, desc="reading", unit="image", disable=None if show else True)):
+        try:
+            _check(files[index], config)
+        except ValueError as error:
+            unusable.append(str(error) if str(path) in str(error) else f"{path}: {error}")
+        else:
+            usable.append(index)
+    if unusable and show:
+        more = [f"and {len(unusable) - NAMED} more"] if len(unusable) > NAMED else []
+        print(
+            f"{len(unusable)} of {len(paths)} images cannot be used and are left out:",
+            *unusable[:NAMED],
+            *more,
+            sep="\n  ",
+            file=sys.stderr,
+        )
+    training = [index for index in usable if index >= len(apart)]
+    measured = [index for index in usable if index < len(apart)]
+    if not apart and len(training) > 1:
+        count = min(max(1, len(training) // HELD_OUT_EVERY), HELD_OUT_MOST)
+        measured = [training[(2 * number + 1) * len(training) // (2 * count)] for number in range(count)]
+        training = [index for index in training if index not in set(measured)]
+    if not training:
+        raise ValueError("no image is left to train on")
+    if apart and not measured:
+        raise ValueError("no held-out image is left to measure on")
+    return Subset(files, training), Subset(files, measured)
+
+
+def _check(image: Tensor, config: TrainConfig) -> None:
+    height, width = image.shape[-2:]
+    if min(height, width) < config.crop:
+        raise ValueError(f"{width} x {height} pixels, smaller than a crop of {config.crop} x {config.crop}")
+    if not has_tissue(small_copy(image[None])):
+        raise ValueError("no tissue")
+
+
+@contextlib.contextmanager
+def _reporting(config: TrainConfig, show: bool) -> Iterator[Callable[[Report], None]]:
+    """A progress bar in a terminal, elsewhere a line for every measurement."""
+    if not show or not sys.stderr.isatty():
+        yield print_measured if show else lambda report: None
+        return
+    with tqdm(total=config.iterations, unit="it", desc="training", smoothing=0.05) as bar:
+
+        def update(report: Report) -> None:
+            figures = {"loss": f"{report.loss:.2f}"}
+            if report.held_out_error:
+                figures["held-out error a*, b*"] = "{:.2f}, {:.2f}".format(*report.held_out_error)
+            bar.set_postfix(figures, refresh=False)
+            if bar.n == 0:
+                bar.initial = bar.n = report.iteration - 1
+            bar.update(report.iteration - bar.n)
+
+        yield update
+
+
+def _finish(
+    network: ColorNormNet, config: TrainConfig, out: Path, training: Subset[Tensor], held_out: Subset[Tensor]
+) -> None:
+    """Saves the weights and prints how good they are."""
+    data: dict[str, Any] = {"summary": f"{len(training)} images", "images": len(training), "held_out": len(held_out)}
+    metrics: dict[str, Any] = {"summary": "held-out error not measured"}
+    if len(held_out):
+        errors = offset_errors(network, held_out, config.preserve_white)
+        a_error, b_error = errors.abs().mean(dim=(0, 1)).tolist()
+        metrics = {
+            "summary": f"held-out offset error a* {a_error:.2f}, b* {b_error:.2f} Lab units, {len(held_out)} images",
+            "held_out_error": {"a": round(a_error, 3), "b": round(b_error, 3)},
+        }
+        shipped = weights.load()
+        others = offset_errors(shipped.network, held_out, shipped.config["preserve_white"])
+        away = others.mean(dim=(0, 1))
+        rows = [
+            (out.stem, errors),
+            (weights.DEFAULT, others),
+            (f"{weights.DEFAULT}, mean removed", others - away),
+        ]
+        print(f"held-out offset error in Lab units, mean and standard deviation over {len(held_out)} images:")
+        print(f"  {'':28}{'a*':>12}{'b*':>14}")
+        for name, values in rows:
+            by_image = values.abs().mean(dim=1)
+            spread = by_image.std(dim=0) if len(by_image) > 1 else by_image[0] * 0
+            cells = [f"{m:.2f} +- {s:.2f}" for m, s in zip(by_image.mean(dim=0).tolist(), spread.tolist(), strict=True)]
+            print(f"  {name:28}{cells[0]:>12}{cells[1]:>14}")
+        print(
+            f"{weights.DEFAULT} has another target: it sees your images ({away[0]:+.1f}, {away[1]:+.1f}) away from it"
+        )
+    else:
+        print("held-out error not measured: there is one image only, or give --held-out")
+    weights.save(network, out, config, data=data, metrics=metrics)
+    print(f"weights: {out}\nuse them: stainnorm normalize INPUT --weights {out} --out DIR")

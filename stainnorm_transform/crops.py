@@ -1,0 +1,190 @@
+"""From images of the target to training examples: crops, how much their pixels count, and offsets to shift them by."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import PIL.Image
+import torch
+from kornia.color import rgb_to_lab
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from stainnorm_transform.color import check_image, random_offset
+from stainnorm_transform.estimate import small_copy, tissue_weight
+
+if TYPE_CHECKING:
+    from stainnorm_transform.training import TrainConfig
+
+# Consecutive crops share an image, so that it is read once for all of them.
+CROPS_PER_IMAGE = 4
+# Places tried in an image, and images tried, before giving up on tissue.
+PLACES, IMAGES = 10, 100
+
+
+class Batch(NamedTuple):
+    """``crops`` (N, 3, side, side) in RGB, ``weight`` (N, 1, side, side) of their tissue, ``offset`` (N, 2) in Lab."""
+
+    crops: Tensor
+    weight: Tensor
+    offset: Tensor
+
+
+def batches(
+    images: Any, config: TrainConfig, start: int, *, part: tuple[int, int] = (0, 1), workers: int = 0
+) -> Iterator[Batch]:
+    """The batches of a run from number ``start`` on; they depend on the images and the config alone.
+
+    Args:
+        images: map-style dataset, or iterable that can be read again, of images: see ``to_tensor``.
+        config: the recipe.
+        start: number of the first batch, from 0.
+        part: (index, count): which of ``count`` equal parts of each batch.
+        workers: processes that read a map-style dataset; an iterable is read here.
+    """
+    index, count = part
+    share = config.batch_size // count
+    # The generators keep the loaders from drawing from the caller's.
+    if _is_map_style(images):
+        firsts = (number * config.batch_size + index * share for number in range(start, config.iterations))
+        yield from DataLoader(
+            _DatasetCrops(images, config),
+            batch_sampler=[list(range(first, first + share)) for first in firsts],
+            num_workers=workers,
+            generator=torch.Generator(),
+        )
+    else:
+        whole = DataLoader(_StreamCrops(images, config), batch_size=config.batch_size, generator=torch.Generator())
+        for batch in itertools.islice(whole, start, config.iterations):
+            yield Batch(*(values[index * share : (index + 1) * share] for values in batch))
+
+
+def each_image(images: Any) -> Iterator[Tensor]:
+    """Every image of a map-style dataset or an iterable, once."""
+    samples = (images[number] for number in range(len(images))) if _is_map_style(images) else images
+    for sample in samples:
+        yield from _unbatched(sample)
+
+
+def _is_map_style(images: Any) -> bool:
+    return hasattr(images, "__getitem__") and not isinstance(images, IterableDataset)
+
+
+def to_tensor(sample: Any) -> Tensor:
+    """The image of a sample: a PIL image of mode RGB or a tensor (3, H, W), alone or before labels in a tuple or list.
+
+    Raises:
+        TypeError: it is something else, or neither uint8 nor floating point.
+        ValueError: its shape or mode is another one.
+    """
+    image = sample[0] if isinstance(sample, (tuple, list)) and len(sample) else sample
+    if isinstance(image, PIL.Image.Image):
+        if image.mode != "RGB":
+            raise ValueError(f"expected PIL images of mode RGB, got {image.mode}")
+        image = pil_to_tensor(image)
+    check_image(image)
+    if image.ndim != 3:
+        raise ValueError(f"expected images of shape (3, H, W), got {tuple(image.shape)}")
+    return image
+
+
+class _DatasetCrops(Dataset[Batch]):
+    """Crop ``index`` depends on the seed and the index alone, so any process can make it."""
+
+    def __init__(self, images: Any, config: TrainConfig) -> None:
+        if len(images) == 0:
+            raise ValueError("expected at least one image, got none")
+        self.images = images
+        self.config = config
+        self.last: tuple[int, Tensor] | None = None
+
+    def __getitem__(self, index: int) -> Batch:
+        group = index // CROPS_PER_IMAGE
+        for attempt in range(IMAGES):
+            number = _randint(len(self.images), _generator(self.config.seed, 0, group, attempt))
+            crop = tissue_crop(self._read(number), self.config, index, attempt)
+            if crop:
+                return crop
+        raise ValueError(f"{_no_tissue(self.config)} in {IMAGES} images drawn from {len(self.images)}")
+
+    def _read(self, number: int) -> Tensor:
+        if self.last is None or self.last[0] != number:
+            self.last = number, to_tensor(self.images[number])
+        return self.last[1]
+
+
+class _StreamCrops(IterableDataset[Batch]):
+    """Crops of the images in their order, again from the start when they end."""
+
+    def __init__(self, images: Iterable[Any], config: TrainConfig) -> None:
+        self.images = images
+        self.config = config
+
+    def __iter__(self) -> Iterator[Batch]:
+        index, without = 0, 0
+        while True:
+            before = index
+            for image in each_image(self.images):
+                crops = [tissue_crop(image, self.config, index + i) for i in range(CROPS_PER_IMAGE)]
+                found = [crop for crop in crops if crop]
+                yield from found
+                index += CROPS_PER_IMAGE
+                without = 0 if found else without + 1
+                if without == IMAGES:
+                    raise ValueError(f"{_no_tissue(self.config)} in {IMAGES} images in a row")
+            if index == before:
+                raise ValueError(
+                    f"the images ended after {index // CROPS_PER_IMAGE}: expected at least one, and an iterable that "
+                    "can be read again, like a list or a DataLoader, not a generator"
+                )
+
+
+def _unbatched(sample: Any) -> Iterator[Tensor]:
+    """The images of a sample, which may also be a batch (N, 3, H, W), as a DataLoader makes it."""
+    first = sample[0] if isinstance(sample, (tuple, list)) and len(sample) else sample
+    batched = isinstance(first, Tensor) and first.ndim == 4
+    yield from (to_tensor(image) for image in (first if batched else [first]))
+
+
+def tissue_crop(image: Tensor, config: TrainConfig, index: int, attempt: int = 0) -> Batch | None:
+    """A crop of an image (3, H, W) with enough tissue, or None where none was found in ``PLACES`` draws.
+
+    Raises:
+        ValueError: the image is smaller than a crop.
+    """
+    side = config.crop
+    height, width = image.shape[-2:]
+    if min(height, width) < side:
+        raise ValueError(f"expected images of at least {side} x {side} pixels, got {height} x {width}")
+    generator = _generator(config.seed, 1, index, attempt)
+    low, high = (math.log(scale) for scale in config.scales)
+    for _ in range(PLACES):
+        scale = math.exp(low + (high - low) * float(torch.rand((), generator=generator)))
+        region = min(round(side * scale), height, width)
+        top, left = _randint(height - region + 1, generator), _randint(width - region + 1, generator)
+        crop = small_copy(image[None, :, top : top + region, left : left + region], region / side)
+        crop = torch.rot90(crop, _randint(4, generator), dims=(-2, -1))
+        crop = crop.flip(-1) if _randint(2, generator) else crop
+        weight = tissue_weight(rgb_to_lab(crop))
+        if (weight > 0).float().mean() >= config.min_tissue:
+            return Batch(crop[0], weight[0], random_offset((), config.max_offset, generator))
+    return None
+
+
+def _no_tissue(config: TrainConfig) -> str:
+    return f"no crop with {config.min_tissue:.0%} tissue (are they H&E images?)"
+
+
+def _generator(*numbers: int) -> torch.Generator:
+    """A generator of its own for every tuple of numbers."""
+    state = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+    return torch.Generator().manual_seed(state)
+
+
+def _randint(stop: int, generator: torch.Generator) -> int:
+    return int(torch.randint(stop, (), generator=generator))
