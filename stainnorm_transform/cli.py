@@ -131,8 +131,11 @@ def _normalize_one(transform: NormalizeStain, image: Image.Image) -> tuple[Image
 
 def _list(options: argparse.Namespace) -> int:
     for name in weights.names():
-        loaded = weights.load(name)
         default = " (default)" if name == weights.DEFAULT else ""
+        if name in weights.ALIASES:
+            print(f"{name}{default}: another name of {weights.ALIASES[name]}")
+            continue
+        loaded = weights.load(name)
         print(f"{name}{default}: {loaded.data.get('summary', '')}")
         print(f"    {loaded.metrics.get('summary', '')}")
     return 0

@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -108,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
         is_first = rank_and_count()[0] == 0
         training, held_out = _split(options.inputs, options.held_out, config, is_first)
         if is_first:
-            print(f"training on {len(training)} images, measuring on {len(held_out)} others; {device}", flush=True)
+            print(f"training on {len(training)} images, held out {len(held_out)}; {device}", flush=True)
         with _reporting(config, is_first) as report:
             try:
                 network = train(
@@ -216,34 +215,36 @@ def _finish(
     network: ColorNormNet, config: TrainConfig, out: Path, training: Subset[Tensor], held_out: Subset[Tensor]
 ) -> None:
     """Saves the weights and prints how good they are."""
-    data: dict[str, Any] = {"summary": f"{len(training)} images", "images": len(training), "held_out": len(held_out)}
-    metrics: dict[str, Any] = {"summary": "held-out error not measured"}
-    if len(held_out):
+    data = {"summary": f"{len(training)} images", "images": len(training), "held_out": len(held_out)}
+    if not len(held_out):
+        weights.save(network, out, config, data=data, metrics={"summary": "held-out error not measured"})
+        print("held-out error not measured: there is only one image, and no --held-out")
+    else:
         errors = offset_errors(network, held_out, config.preserve_white)
         a_error, b_error = errors.abs().mean(dim=(0, 1)).tolist()
         metrics = {
-            "summary": f"held-out offset error a* {a_error:.2f}, b* {b_error:.2f} Lab units, {len(held_out)} images",
+            "summary": f"held-out offset error a* {a_error:.2f}, b* {b_error:.2f} Lab units, n = {len(errors)} images",
             "held_out_error": {"a": round(a_error, 3), "b": round(b_error, 3)},
         }
-        shipped = weights.load()
-        others = offset_errors(shipped.network, held_out, shipped.config["preserve_white"])
-        away = others.mean(dim=(0, 1))
-        rows = [
-            (out.stem, errors),
-            (weights.DEFAULT, others),
-            (f"{weights.DEFAULT}, mean removed", others - away),
-        ]
-        print(f"held-out offset error in Lab units, mean and standard deviation over {len(held_out)} images:")
-        print(f"  {'':28}{'a*':>12}{'b*':>14}")
-        for name, values in rows:
-            by_image = values.abs().mean(dim=1)
-            spread = by_image.std(dim=0) if len(by_image) > 1 else by_image[0] * 0
-            cells = [f"{m:.2f} +- {s:.2f}" for m, s in zip(by_image.mean(dim=0).tolist(), spread.tolist(), strict=True)]
-            print(f"  {name:28}{cells[0]:>12}{cells[1]:>14}")
-        print(
-            f"{weights.DEFAULT} has another target: it sees your images ({away[0]:+.1f}, {away[1]:+.1f}) away from it"
-        )
-    else:
-        print("held-out error not measured: there is one image only, or give --held-out")
-    weights.save(network, out, config, data=data, metrics=metrics)
+        weights.save(network, out, config, data=data, metrics=metrics)
+        _compare(out.stem, errors, held_out)
     print(f"weights: {out}\nuse them: stainnorm normalize INPUT --weights {out} --out DIR")
+
+
+def _compare(name: str, errors: Tensor, held_out: Subset[Tensor]) -> None:
+    """Prints the errors of new weights beside those of the shipped ones on the same images."""
+    shipped = weights.load()
+    others = offset_errors(shipped.network, held_out, shipped.config["preserve_white"])
+    away = others.mean(dim=(0, 1))
+    print(f"held-out offset error, mean +- standard deviation over images, Lab units, n = {len(held_out)}:")
+    print(f"  {'':26}  {'a*':13}  b*")
+    for label, values in (
+        (name, errors),
+        (weights.DEFAULT, others),
+        (f"{weights.DEFAULT}, mean removed", others - away),
+    ):
+        by_image = values.abs().mean(dim=1)
+        spread = by_image.std(dim=0, correction=min(1, len(by_image) - 1))
+        cells = [f"{m:.2f} +- {s:.2f}" for m, s in zip(by_image.mean(dim=0).tolist(), spread.tolist(), strict=True)]
+        print(f"  {label:26}  {cells[0]:13}  {cells[1]}")
+    print(f"{weights.DEFAULT} has a target of its own: to it your images are ({away[0]:+.1f}, {away[1]:+.1f}) off")

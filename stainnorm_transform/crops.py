@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from stainnorm_transform.color import check_image, random_offset
+from stainnorm_transform.color import check_image
 from stainnorm_transform.estimate import small_copy, tissue_weight
 
 if TYPE_CHECKING:
@@ -25,6 +25,15 @@ if TYPE_CHECKING:
 CROPS_PER_IMAGE = 4
 # Places tried in an image, and images tried, before giving up on tissue.
 PLACES, IMAGES = 10, 100
+# What random numbers are for.
+IMAGE, PLACE, OFFSETS = range(3)
+
+
+class Crop(NamedTuple):
+    """A crop (3, side, side) in RGB and how much its pixels count (1, side, side)."""
+
+    image: Tensor
+    weight: Tensor
 
 
 class Batch(NamedTuple):
@@ -49,10 +58,12 @@ def batches(
     """
     index, count = part
     share = config.batch_size // count
+    mine = slice(index * share, (index + 1) * share)
     # The generators keep the loaders from drawing from the caller's.
+    loader: Iterable[Crop]
     if _is_map_style(images):
-        firsts = (number * config.batch_size + index * share for number in range(start, config.iterations))
-        yield from DataLoader(
+        firsts = (number * config.batch_size + mine.start for number in range(start, config.iterations))
+        loader = DataLoader(
             _DatasetCrops(images, config),
             batch_sampler=[list(range(first, first + share)) for first in firsts],
             num_workers=workers,
@@ -60,8 +71,22 @@ def batches(
         )
     else:
         whole = DataLoader(_StreamCrops(images, config), batch_size=config.batch_size, generator=torch.Generator())
-        for batch in itertools.islice(whole, start, config.iterations):
-            yield Batch(*(values[index * share : (index + 1) * share] for values in batch))
+        loader = (Crop(crops.image[mine], crops.weight[mine]) for crops in itertools.islice(whole, start, None))
+    for number, crops in zip(range(start, config.iterations), loader, strict=False):
+        yield Batch(crops.image, crops.weight, stratified_offsets(config, number)[mine])
+
+
+def stratified_offsets(config: TrainConfig, number: int) -> Tensor:
+    """The (da, db) of batch ``number``, shape (batch_size, 2), Lab units.
+
+    da and db are uniform, but spread evenly over a batch, one to a stratum: the mean of a batch, which batch norm takes
+    away, is then that of its colors without the noise of the shifts.
+    """
+    generator = _generator(config.seed, OFFSETS, number)
+    count = config.batch_size
+    strata = torch.stack([torch.randperm(count, generator=generator) for _ in range(2)], dim=1)
+    within = torch.rand(count, 2, generator=generator)
+    return (2 * (strata + within) / count - 1) * config.max_offset
 
 
 def each_image(images: Any) -> Iterator[Tensor]:
@@ -93,7 +118,7 @@ def to_tensor(sample: Any) -> Tensor:
     return image
 
 
-class _DatasetCrops(Dataset[Batch]):
+class _DatasetCrops(Dataset[Crop]):
     """Crop ``index`` depends on the seed and the index alone, so any process can make it."""
 
     def __init__(self, images: Any, config: TrainConfig) -> None:
@@ -103,10 +128,10 @@ class _DatasetCrops(Dataset[Batch]):
         self.config = config
         self.last: tuple[int, Tensor] | None = None
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> Crop:
         group = index // CROPS_PER_IMAGE
         for attempt in range(IMAGES):
-            number = _randint(len(self.images), _generator(self.config.seed, 0, group, attempt))
+            number = _randint(len(self.images), _generator(self.config.seed, IMAGE, group, attempt))
             crop = tissue_crop(self._read(number), self.config, index, attempt)
             if crop:
                 return crop
@@ -118,14 +143,14 @@ class _DatasetCrops(Dataset[Batch]):
         return self.last[1]
 
 
-class _StreamCrops(IterableDataset[Batch]):
+class _StreamCrops(IterableDataset[Crop]):
     """Crops of the images in their order, again from the start when they end."""
 
     def __init__(self, images: Iterable[Any], config: TrainConfig) -> None:
         self.images = images
         self.config = config
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Crop]:
         index, without = 0, 0
         while True:
             before = index
@@ -151,7 +176,7 @@ def _unbatched(sample: Any) -> Iterator[Tensor]:
     yield from (to_tensor(image) for image in (first if batched else [first]))
 
 
-def tissue_crop(image: Tensor, config: TrainConfig, index: int, attempt: int = 0) -> Batch | None:
+def tissue_crop(image: Tensor, config: TrainConfig, index: int, attempt: int = 0) -> Crop | None:
     """A crop of an image (3, H, W) with enough tissue, or None where none was found in ``PLACES`` draws.
 
     Raises:
@@ -161,7 +186,7 @@ def tissue_crop(image: Tensor, config: TrainConfig, index: int, attempt: int = 0
     height, width = image.shape[-2:]
     if min(height, width) < side:
         raise ValueError(f"expected images of at least {side} x {side} pixels, got {height} x {width}")
-    generator = _generator(config.seed, 1, index, attempt)
+    generator = _generator(config.seed, PLACE, index, attempt)
     low, high = (math.log(scale) for scale in config.scales)
     for _ in range(PLACES):
         scale = math.exp(low + (high - low) * float(torch.rand((), generator=generator)))
@@ -172,7 +197,7 @@ def tissue_crop(image: Tensor, config: TrainConfig, index: int, attempt: int = 0
         crop = crop.flip(-1) if _randint(2, generator) else crop
         weight = tissue_weight(rgb_to_lab(crop))
         if (weight > 0).float().mean() >= config.min_tissue:
-            return Batch(crop[0], weight[0], random_offset((), config.max_offset, generator))
+            return Crop(crop[0], weight[0])
     return None
 
 

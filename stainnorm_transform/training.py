@@ -34,7 +34,7 @@ class TrainConfig:
     same number of iterations; the rest is ours.
     """
 
-    iterations: int = _setting(1200, "batches to train on")
+    iterations: int = _setting(800, "batches to train on")
     batch_size: int = _setting(16, "crops in a batch, over all processes")
     crop: int = _setting(32, "side of a crop in pixels, after downsampling")
     scales: tuple[float, float] = _setting((1.5, 12.0), "area-downsampling of crops, drawn log-uniformly between these")
@@ -106,8 +106,10 @@ def train(
 
     Each iteration takes crops of random images at random scales, shifts each by a random (da, db), and asks the network
     for that offset; the loss is L1 + lambda * L2 over the tissue, of the map and of its mean, which is the offset
-    that NormalizeStain uses. The same images, config and device give the same network, whatever ``workers`` is and
-    however often the run was interrupted.
+    that NormalizeStain uses. In the second half of the run batch norm is frozen.
+
+    The same images, config and device give the same network, whatever ``workers`` is and however often the run was
+    interrupted.
 
     In an initialized ``torch.distributed`` process group, all processes call this together; each computes its part of
     every batch, and the first reports and writes.
@@ -159,6 +161,7 @@ def train(
     for iteration, batch in enumerate(batches(images, config, start, part=part, workers=workers), start=start + 1):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * warmup_cosine((iteration - 1) / config.iterations)
+        _set_mode(network, frozen=iteration > config.iterations // 2)
         loss = offset_loss(trained, Batch(*(values.to(device) for values in batch)), config)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -185,6 +188,12 @@ def _initial(seed: int) -> ColorNormNet:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return ColorNormNet()
+
+
+def _set_mode(network: nn.Module, frozen: bool) -> None:
+    """Training mode; ``frozen`` batch norm keeps its statistics and normalizes by them, as in use."""
+    for module in network.modules():
+        module.training = not (frozen and isinstance(module, nn.BatchNorm2d))
 
 
 def warmup_cosine(progress: float) -> float:
@@ -245,5 +254,4 @@ def _errors_of_copies(
 def _mean_error(network: ColorNormNet, copies: Sequence[Tensor], config: TrainConfig) -> tuple[float, float]:
     network.eval()
     a_error, b_error = _errors_of_copies(network, copies, config.preserve_white).abs().mean(dim=(0, 1)).tolist()
-    network.train()
     return a_error, b_error

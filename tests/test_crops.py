@@ -10,7 +10,15 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from stainnorm_transform import TrainConfig
 from stainnorm_transform.color import shift_ab
-from stainnorm_transform.crops import CROPS_PER_IMAGE, Batch, _DatasetCrops, batches, each_image, to_tensor
+from stainnorm_transform.crops import (
+    CROPS_PER_IMAGE,
+    Batch,
+    _DatasetCrops,
+    batches,
+    each_image,
+    stratified_offsets,
+    to_tensor,
+)
 
 CONFIG = TrainConfig(iterations=4, batch_size=8, crop=32, scales=(1.0, 2.0))
 WHITE = torch.full((3, 64, 64), 255, dtype=torch.uint8)
@@ -74,17 +82,29 @@ def test_crops_offsets_and_weights(tiles):
         assert batch.crops.dtype == torch.float32
         assert batch.weight.shape == (8, 1, 32, 32)
         assert batch.offset.shape == (8, 2)
-        assert 20 < batch.offset.abs().max() <= 40
         lightness = rgb_to_lab(batch.crops)[:, :1]
         assert ((lightness < 88) | (batch.weight == 0)).all()
         assert ((batch.weight > 0).float().mean(dim=(1, 2, 3)) >= CONFIG.min_tissue).all()
+
+
+def test_offsets_are_uniform_and_spread_evenly_over_a_batch():
+    config = TrainConfig(batch_size=20, max_offset=40.0)
+    offsets = torch.stack([stratified_offsets(config, number) for number in range(200)])
+    assert offsets.shape == (200, 20, 2)
+    strata = ((offsets + 40) / 4).floor().long()
+    assert torch.equal(strata.sort(dim=1).values, torch.arange(20)[:, None].expand(200, 20, 2))
+    assert offsets.mean(dim=1).abs().max() < 1
+    within = (offsets + 40) / 4 - strata
+    assert within.mean().item() == pytest.approx(0.5, abs=0.02)
+    assert torch.corrcoef(offsets.reshape(-1, 2).T)[0, 1].abs() < 0.05
+    assert not torch.equal(offsets[0], offsets[1])
 
 
 def test_images_of_any_size_are_drawn_equally_often():
     small = render_tile(0, 64)
     large = shift_ab(render_tile(1, 256), torch.tensor([0.0, 40.0]), preserve_white=False)
     crops = _DatasetCrops([small, large], CONFIG)
-    yellow = [bool(rgb_to_lab(crops[CROPS_PER_IMAGE * group].crops)[2].mean() > 0) for group in range(200)]
+    yellow = [bool(rgb_to_lab(crops[CROPS_PER_IMAGE * group].image)[2].mean() > 0) for group in range(200)]
     assert 70 < sum(yellow) < 130
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from stainnorm_transform.training import TrainConfig
 
 DEFAULT = "camelyon17"
+# Other names of shipped weights.
+ALIASES = {"camelyon17": "camelyon17-center0"}
 METADATA_KEY = "stainnorm_transform"
 MAX_BYTES = 1_000_000
 # What networks were trained with outside of their config: the color shift, tissue and scales. Raised when these change.
@@ -54,8 +56,8 @@ class Weights:
 
 
 def names() -> list[str]:
-    """Names of the shipped weights."""
-    return sorted(SHA256)
+    """Names of the shipped weights, aliases first."""
+    return [*ALIASES, *SHA256]
 
 
 def load(name_or_path: str | os.PathLike[str] = DEFAULT) -> Weights:
@@ -66,6 +68,7 @@ def load(name_or_path: str | os.PathLike[str] = DEFAULT) -> Weights:
         FileNotFoundError: there is no such file.
     """
     name = os.fspath(name_or_path)
+    name = ALIASES.get(name, name)
     if name in SHA256:
         path = Path(__file__).with_name(f"{name}.safetensors")
     elif Path(name).suffix == ".safetensors" or Path(name).name != name:
