@@ -10,9 +10,12 @@ to that of the target's images, white preserved.
 import argparse
 import json
 import logging
+import multiprocessing
+import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +35,7 @@ from stainnorm_transform.color import random_offset, shift_ab
 
 SIDE = 512  # of the tiles compared; of a large field, the middle
 TISSUE, WHITE = (10, 88), 97  # L*
+BINS = torch.arange(TISSUE[0], TISSUE[1], 6.0)  # L*
 SHIFTS = 4  # known offsets for each target tile
 OURS, CONTROL = "ColorNormNet", "mean match (control)"
 Normalize = Callable[[Tensor], Tensor]
@@ -45,25 +49,21 @@ def main() -> None:
     parser.add_argument(
         "--seeds", type=Path, nargs="*", default=[], help="folders with NAME.safetensors trained with other seeds"
     )
+    parser.add_argument("--processes", type=int, default=2, help="one core each (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="file to write all figures to")
     parser.add_argument("--plot", type=Path, help="PNG file for the tissue colors before and after")
     options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    torch.set_grad_enabled(False)
-
+    quiet()
     centers = [read_center(options.data, center) for center in CENTERS]
     tiles = [[middle(image) for image in images.values()] for images in centers]
-    odd = [read(path) for path in sorted((options.data / "edge_cases").iterdir()) if path.suffix in (".png", ".jpg")]
+    # One target to a core.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.processes, context, initializer=quiet) as pool:
+        jobs = [pool.submit(compare, target, tiles, options) for target in options.targets]
+        rows = [row for job in tqdm(jobs, unit="target", disable=None) for row in job.result()]
     results: dict[str, list[dict[str, float]]] = defaultdict(list)
-    for target in options.targets:
-        for method, draw, make in tqdm(list(methods(target, options)), desc=f"center {target}", disable=None):
-            normalize = make(tiles[target])
-            figures = measure(normalize, tiles, target)
-            figures["error"] = known_offset_error(make, tiles[target], target, method)
-            if draw == 0:
-                figures |= failures(normalize, odd)
-            results[method].append({"target": target, "draw": draw, **figures})
+    for method, figures in rows:
+        results[method].append(figures)
     print_table(results)
     print_distances(results, options.targets)
     print_seams(centers, tiles, options)
@@ -71,6 +71,28 @@ def main() -> None:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
     if options.plot:
         plot(tiles, options.plot)
+
+
+def quiet() -> None:
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_grad_enabled(False)
+    torch.set_num_threads(1)
+
+
+def compare(target: int, tiles: list[list[Tensor]], options: argparse.Namespace) -> list[tuple[str, dict[str, float]]]:
+    """(method, figures) for every method and draw."""
+    odd = [read(path) for path in sorted((options.data / "edge_cases").iterdir()) if path.suffix in (".png", ".jpg")]
+    rows = []
+    for method, draw, make in methods(target, options):
+        normalize = make(tiles[target])
+        figures = {"target": target, "draw": draw, **measure(unchanged_if_it_raises(normalize), tiles, target)}
+        figures["error"] = known_offset_error(make, tiles[target], target, method)
+        if draw == 0:
+            figures |= failures(normalize, odd)
+        rows.append((method, figures))
+        print(f"center {target}: {method}, draw {draw}", file=sys.stderr, flush=True)
+    return rows
 
 
 def middle(image: Tensor) -> Tensor:
@@ -168,9 +190,41 @@ def tissue_mean(image: Tensor, like: Tensor | None = None) -> Tensor:
     return lab[1:, tissue(lab if like is None else lab_of(like))].mean(dim=1)
 
 
+def colors_by_lightness(lab: Tensor) -> Tensor:
+    """Mean (a*, b*) of the tissue, and its share, in bins of L*: (bins, 3)."""
+    values = lab[:, tissue(lab)]
+    of_bin = torch.bucketize(values[0], BINS[1:])
+    sums = torch.stack([torch.bincount(of_bin, weight, len(BINS)) for weight in (values[1], values[2])], dim=1)
+    counts = torch.bincount(of_bin, minlength=len(BINS))[:, None]
+    return torch.cat([sums / counts, counts / counts.sum()], dim=1)
+
+
+def distance_at_equal_lightness(images: list[Tensor], goal: list[Tensor]) -> float:
+    """Distance of (a*, b*) between two centers in bins of L*, weighted by the tissue that both have there."""
+    here, there = (torch.stack(curves).nanmean(dim=0) for curves in (images, goal))
+    weight = torch.minimum(here[:, 2], there[:, 2])
+    distance = (here[:, :2] - there[:, :2]).norm(dim=1)
+    return float((weight * distance).nansum() / weight.sum())
+
+
+def unchanged_if_it_raises(normalize: Normalize) -> Normalize:
+    """So that one image that a method cannot do does not end the comparison."""
+
+    def attempt(image: Tensor) -> Tensor:
+        try:
+            return normalize(image)
+        except Exception as error:
+            print(f"left as it is: {error!r}", file=sys.stderr)
+            return image
+
+    return attempt
+
+
 def measure(normalize: Normalize, tiles: list[list[Tensor]], target: int) -> dict[str, float]:
     goal = torch.stack([tissue_mean(tile) for tile in tiles[target]]).mean(dim=0)
+    goal_curves = [colors_by_lightness(lab_of(tile)) for tile in tiles[target]]
     means: dict[int, list[Tensor]] = defaultdict(list)
+    curves: dict[int, list[Tensor]] = defaultdict(list)
     features, labels, intensities, clipped, white, structure = [], [], [], [], [], []
     for center, images in enumerate(tiles):
         for image in images:
@@ -183,8 +237,9 @@ def measure(normalize: Normalize, tiles: list[list[Tensor]], target: int) -> dic
             if center == target:
                 continue
             means[center].append(inside[1:].mean(dim=1))
+            curves[center].append(colors_by_lightness(lab_after))
             grey = after.float().mean(dim=0)[mask]
-            intensities.append(float(grey.median() / grey.quantile(0.95)) if mask.sum() < 1 << 24 else np.nan)
+            intensities.append(float(grey.median() / grey.quantile(0.95)))
             at_limit = ((after == 0) | (after == 255)) & ~((image == 0) | (image == 255))
             clipped.append(float(at_limit.any(dim=0).float().mean()))
             white.append((lab_after - lab).norm(dim=0)[lab[0] > WHITE])
@@ -197,6 +252,9 @@ def measure(normalize: Normalize, tiles: list[list[Tensor]], target: int) -> dic
     return {
         "distance": float((by_center - goal).norm(dim=1).mean()),
         "distance_by_image": float((by_image - goal).norm(dim=1).mean()),
+        "equal_lightness": float(
+            np.mean([distance_at_equal_lightness(values, goal_curves) for values in curves.values()])
+        ),
         "spread": float(spread.mean()),
         "nmi_std": float(np.std(intensities)),
         "told_apart": float((predicted == np.array(labels)).mean()),
@@ -216,7 +274,7 @@ def known_offset_error(
     offsets = random_offset((SHIFTS,), 30, torch.Generator().manual_seed(0))
     errors = []
     for number, tile in enumerate(tiles):
-        normalize = make(tiles[:number] + tiles[number + 1 :])
+        normalize = unchanged_if_it_raises(make(tiles[:number] + tiles[number + 1 :]))
         before = tissue_mean(tile)
         for offset in offsets:
             errors.append((tissue_mean(normalize(shift_ab(tile, offset)), like=tile) - before).abs().mean())
@@ -239,6 +297,7 @@ def failures(normalize: Normalize, images: list[Tensor]) -> dict[str, float]:
 def print_table(results: dict[str, list[dict[str, float]]]) -> None:
     columns = {
         "distance": "distance",
+        "equal_lightness": "at equal L*",
         "spread": "spread",
         "nmi_std": "NMI sd",
         "told_apart": "told apart",

@@ -18,8 +18,9 @@ from stainnorm_transform.network import ColorNormNet
 if TYPE_CHECKING:
     from stainnorm_transform.training import TrainConfig
 
-KEY = "stainnorm_transform.checkpoint"
-FIRST_COLORS = "first_colors"
+# Raised when a run of an earlier version cannot be continued as it began.
+FORMAT = 1
+COLORS, METADATA = "colors", "metadata"
 
 
 def save(
@@ -28,7 +29,7 @@ def save(
     optimizer: torch.optim.Adam,
     iteration: int,
     config: TrainConfig,
-    first_colors: Tensor,
+    colors: Tensor,
 ) -> None:
     """Writes the state after ``iteration``, whole or not at all.
 
@@ -38,7 +39,10 @@ def save(
         optimizer: of its parameters.
         iteration: how many are done.
         config: the recipe.
-        first_colors: mean colors of the first crops, by which ``load`` tells whether the images are the same.
+        colors: mean colors of some crops, by which ``restore`` tells whether the images are the same.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
     for name, parameter in network.named_parameters():
@@ -47,50 +51,52 @@ def save(
         fresh["exp_avg_sq"] = fresh["exp_avg"].clone()
         state = optimizer.state.get(parameter) or fresh
         tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
-    tensors[FIRST_COLORS] = first_colors
-    metadata = {KEY: json.dumps({"iteration": iteration, "config": dataclasses.asdict(config)})}
+    tensors[COLORS] = colors
+    metadata = json.dumps({"format": FORMAT, "iteration": iteration, "config": dataclasses.asdict(config)})
+    # As a tensor, because safetensors reads the metadata of a file only, not of bytes.
+    tensors[METADATA] = torch.tensor(list(metadata.encode()), dtype=torch.uint8)
+    content = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     with replacing(path) as temporary:
-        safetensors.torch.save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata
-        )
+        temporary.write_bytes(content)
 
 
-def load(
-    path: str | os.PathLike[str],
+def restore(
+    content: bytes,
     network: ColorNormNet,
     optimizer: torch.optim.Adam,
     config: TrainConfig,
-    first_colors: Tensor,
+    colors: Tensor,
 ) -> int:
-    """Puts the saved state into the network and the optimizer and returns how many iterations are done.
+    """Puts the state of a checkpoint file into the network and the optimizer; returns how many iterations are done.
 
     Raises:
-        ValueError: the file is no whole checkpoint, or that of a run with another config or other images.
+        ValueError: it is no whole checkpoint, or that of a run with another config or other images.
     """
     try:
-        tensors = safetensors.torch.load_file(path)
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata: dict[str, Any] = json.loads((file.metadata() or {})[KEY])
-        saved_config, iteration = metadata["config"], int(metadata["iteration"])
-        saved_colors = tensors[FIRST_COLORS]
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"expected the checkpoint of a training run, got {path}: {error}") from error
-    # JSON has lists for tuples.
-    wanted = json.loads(json.dumps(dataclasses.asdict(config)))
-    if saved_config != wanted:
+        tensors = safetensors.torch.load(content)
+        metadata: dict[str, Any] = json.loads(bytes(tensors[METADATA].tolist()))
+        if metadata["format"] != FORMAT:
+            raise ValueError("it is of another version of the package")
+        saved_config, iteration, saved_colors = metadata["config"], int(metadata["iteration"]), tensors[COLORS]
+        # JSON has lists for tuples.
+        wanted = json.loads(json.dumps(dataclasses.asdict(config)))
         names = sorted(name for name in {*saved_config, *wanted} if saved_config.get(name) != wanted.get(name))
+        if not names and saved_colors.shape == colors.shape and torch.allclose(saved_colors, colors, atol=1e-3):
+            network.load_state_dict(_below(tensors, "network."))
+            parameters = dict(network.named_parameters())
+            state = {number: _below(tensors, f"optimizer.{name}.") for number, name in enumerate(parameters)}
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+            return iteration
+    except (safetensors.SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"expected the checkpoint of a training run: {error}") from error
+    if names:
         changed = ", ".join(f"{name} {saved_config.get(name)}, now {wanted.get(name)}" for name in names)
-        raise ValueError(f"{path} is of a run with other settings: {changed}")
-    if saved_colors.shape != first_colors.shape or not torch.allclose(saved_colors, first_colors, atol=1e-3):
-        raise ValueError(f"{path} is of a run with other images")
-    try:
-        network.load_state_dict(_below(tensors, "network."))
-        parameters = dict(network.named_parameters())
-        state = {number: _below(tensors, f"optimizer.{name}.") for number, name in enumerate(parameters)}
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    except (RuntimeError, KeyError, ValueError) as error:
-        raise ValueError(f"expected the checkpoint of a training run, got {path}: {error}") from error
-    return iteration
+        raise ValueError(
+            f"the run had other settings ({changed}): give the same, or remove the checkpoint to start again"
+        )
+    raise ValueError(
+        "the run had other images, or the same in another order: give the same, or remove the checkpoint to start again"
+    )
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

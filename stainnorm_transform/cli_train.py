@@ -6,9 +6,11 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,12 +22,12 @@ from stainnorm_transform import images, weights
 from stainnorm_transform.device import choose_device
 from stainnorm_transform.distributed import rank_and_count
 from stainnorm_transform.estimate import has_tissue, small_copy
-from stainnorm_transform.network import ColorNormNet
 from stainnorm_transform.training import Report, TrainConfig, offset_errors, print_measured, train
 
 # Without --held-out, one image in this many is held out, and at most this many images.
 HELD_OUT_EVERY, HELD_OUT_MOST = 5, 50
 NAMED = 10
+BAR = "{n}/{total} |{bar}| {remaining} left{postfix}"
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -37,13 +39,18 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "fields): a hundred tiles from ten or more slides of one lab are a good start. Needs no labels and no other "
         "lab's images.",
         epilog="The state of the run is kept in NAME.checkpoint.safetensors until it is done; --resume goes on from "
-        "there. On several devices: torchrun --nproc-per-node COUNT --no-python stainnorm train ...",
+        "there. Images that cannot be used are named and left out. On several devices: torchrun --nproc-per-node COUNT "
+        "--no-python stainnorm train ...",
     )
     parser.add_argument(
         "inputs", nargs="+", type=Path, metavar="INPUT", help="image, or folder of images, searched with its subfolders"
     )
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="NAME.safetensors", help="weights file to write; must not exist"
+        "--out",
+        required=True,
+        type=Path,
+        metavar="NAME.safetensors",
+        help="weights file to write; an existing one is not replaced",
     )
     parser.add_argument(
         "--held-out",
@@ -97,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
     weights.check_path(out)
     if not checkpoint.exists() and out.exists():
         if options.resume:
-            print(f"{out} is finished: there is nothing to resume")
+            print(f"{out} is there, and no checkpoint beside it: nothing to resume")
             return 0
         raise ValueError(f"{out} exists: choose another name, or remove it first")
     if checkpoint.exists() and not options.resume:
@@ -107,7 +114,7 @@ def run(options: argparse.Namespace) -> int:
         is_first = rank_and_count()[0] == 0
         training, held_out = _split(options.inputs, options.held_out, config, is_first)
         if is_first:
-            print(f"training on {len(training)} images, held out {len(held_out)}; {device}", flush=True)
+            print(f"images to train on: {len(training)}, held out: {len(held_out)}; device: {device}", flush=True)
         with _reporting(config, is_first) as report:
             try:
                 network = train(
@@ -120,21 +127,30 @@ def run(options: argparse.Namespace) -> int:
                     report=report,
                 )
             except KeyboardInterrupt:
-                print(f"stainnorm: interrupted; add --resume to go on from {checkpoint}", file=sys.stderr)
+                if is_first:
+                    print(f"stainnorm: interrupted; add --resume to go on from {checkpoint}", file=sys.stderr)
                 return 130
         if is_first:
-            _finish(network, config, out, training, held_out)
+            errors = offset_errors(network, held_out, config.preserve_white) if len(held_out) else None
+            data, metrics = _metadata(len(training), errors)
+            weights.save(network, out, config, data=data, metrics=metrics)
             checkpoint.unlink()
+            print(f"\nweights: {out}")
+            print(f"to use them: stainnorm normalize INPUT --weights {shlex.quote(str(out))} --out DIR\n")
+            if errors is None:
+                print("the error was not measured: there is only one image, and no --held-out")
+            else:
+                _compare(out.stem, errors, held_out)
     return 0
 
 
 @contextlib.contextmanager
 def _process_group(device: str | None) -> Iterator[torch.device]:
     """The device of this process, within the process group if torchrun started it."""
-    if "WORLD_SIZE" not in os.environ:
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
         yield choose_device(device)
         return
-    if device is None and torch.cuda.is_available():
+    if device == "cuda" or (device is None and torch.cuda.is_available()):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     chosen = choose_device(device)
     if chosen.type == "cuda":
@@ -151,7 +167,8 @@ def _split(
 ) -> tuple[Subset[Tensor], Subset[Tensor]]:
     """The images to train on and those to measure on. Images that cannot be used are named and left out."""
     apart = list(images.find(held_out)) if held_out else []
-    paths = [*apart, *(path for path in images.find(inputs) if path not in set(apart))]
+    kept_apart = {path.resolve() for path in apart}
+    paths = [*apart, *(path for path in images.find(inputs) if path.resolve() not in kept_apart)]
     files = images.ImageFiles(paths)
     usable, unusable = [], []
     for index, path in enumerate(tqdm(paths, desc="reading", unit="image", disable=None if show else True)):
@@ -197,38 +214,31 @@ def _reporting(config: TrainConfig, show: bool) -> Iterator[Callable[[Report], N
     if not show or not sys.stderr.isatty():
         yield print_measured if show else lambda report: None
         return
-    with tqdm(total=config.iterations, unit="it", desc="training", smoothing=0.05) as bar:
+    with tqdm(total=config.iterations, bar_format=BAR) as bar:
 
         def update(report: Report) -> None:
-            figures = {"loss": f"{report.loss:.2f}"}
+            text = f"loss {report.loss:.1f}"
             if report.held_out_error:
-                figures["held-out error a*, b*"] = "{:.2f}, {:.2f}".format(*report.held_out_error)
-            bar.set_postfix(figures, refresh=False)
-            if bar.n == 0:
+                text += ", error a* {:.1f} b* {:.1f}".format(*report.held_out_error)
+            bar.set_postfix_str(text, refresh=False)
+            if bar.n == 0:  # A resumed run starts in the middle.
                 bar.initial = bar.n = report.iteration - 1
             bar.update(report.iteration - bar.n)
 
         yield update
 
 
-def _finish(
-    network: ColorNormNet, config: TrainConfig, out: Path, training: Subset[Tensor], held_out: Subset[Tensor]
-) -> None:
-    """Saves the weights and prints how good they are."""
-    data = {"summary": f"{len(training)} images", "images": len(training), "held_out": len(held_out)}
-    if not len(held_out):
-        weights.save(network, out, config, data=data, metrics={"summary": "held-out error not measured"})
-        print("held-out error not measured: there is only one image, and no --held-out")
-    else:
-        errors = offset_errors(network, held_out, config.preserve_white)
-        a_error, b_error = errors.abs().mean(dim=(0, 1)).tolist()
-        metrics = {
-            "summary": f"held-out offset error a* {a_error:.2f}, b* {b_error:.2f} Lab units, n = {len(errors)} images",
-            "held_out_error": {"a": round(a_error, 3), "b": round(b_error, 3)},
-        }
-        weights.save(network, out, config, data=data, metrics=metrics)
-        _compare(out.stem, errors, held_out)
-    print(f"weights: {out}\nuse them: stainnorm normalize INPUT --weights {out} --out DIR")
+def _metadata(count: int, errors: Tensor | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Data and metrics to save with the weights; without file names, which may hold those of patients."""
+    data = {"summary": f"{count} images", "images": count, "held_out": 0 if errors is None else len(errors)}
+    if errors is None:
+        return data, {"summary": "held-out error not measured"}
+    a_error, b_error = errors.abs().mean(dim=(0, 1)).tolist()
+    metrics = {
+        "summary": f"held-out offset error a* {a_error:.2f}, b* {b_error:.2f} Lab units, n = {len(errors)} images",
+        "held_out_error": {"a": round(a_error, 3), "b": round(b_error, 3)},
+    }
+    return data, metrics
 
 
 def _compare(name: str, errors: Tensor, held_out: Subset[Tensor]) -> None:
@@ -236,15 +246,15 @@ def _compare(name: str, errors: Tensor, held_out: Subset[Tensor]) -> None:
     shipped = weights.load()
     others = offset_errors(shipped.network, held_out, shipped.config["preserve_white"])
     away = others.mean(dim=(0, 1))
-    print(f"held-out offset error, mean +- standard deviation over images, Lab units, n = {len(held_out)}:")
-    print(f"  {'':26}  {'a*':13}  b*")
-    for label, values in (
-        (name, errors),
-        (weights.DEFAULT, others),
-        (f"{weights.DEFAULT}, mean removed", others - away),
-    ):
+    rows = {name: errors, f"shipped {weights.DEFAULT}": others, "the same, its mean removed": others - away}
+    width = max(map(len, rows))
+    print(f"Error of the offset on the {len(held_out)} images held out, in Lab units, mean ± standard deviation:")
+    print(f"  {'':{width}}  {'a*':11}  b*")
+    for label, values in rows.items():
         by_image = values.abs().mean(dim=1)
-        spread = by_image.std(dim=0, correction=min(1, len(by_image) - 1))
-        cells = [f"{m:.2f} +- {s:.2f}" for m, s in zip(by_image.mean(dim=0).tolist(), spread.tolist(), strict=True)]
-        print(f"  {label:26}  {cells[0]:13}  {cells[1]}")
-    print(f"{weights.DEFAULT} has a target of its own: to it your images are ({away[0]:+.1f}, {away[1]:+.1f}) off")
+        cells = [f"{mean:.2f}" for mean in by_image.mean(dim=0).tolist()]
+        if len(by_image) > 1:
+            cells = [f"{cell} ± {std:.2f}" for cell, std in zip(cells, by_image.std(dim=0).tolist(), strict=True)]
+        print(f"  {label:{width}}  {cells[0]:11}  {cells[1]}")
+    off = f"{away[0]:+.1f} in a* and {away[1]:+.1f} in b*"
+    print(f"The shipped weights have another target: to them these images are {off} off.")

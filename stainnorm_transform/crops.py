@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 CROPS_PER_IMAGE = 4
 # Places tried in an image, and images tried, before giving up on tissue.
 PLACES, IMAGES = 10, 100
+# Batches whose colors identify the images.
+COLOR_BATCHES = 16
 # What random numbers are for.
 IMAGE, PLACE, OFFSETS = range(3)
 
@@ -76,6 +79,14 @@ def batches(
         yield Batch(crops.image, crops.weight, stratified_offsets(config, number)[mine])
 
 
+def crop_colors(images: Any, config: TrainConfig) -> Tensor:
+    """Mean RGB of the crops of the first batches, by which to tell whether images are the same, and their count."""
+    first = itertools.islice(batches(images, config, 0), COLOR_BATCHES)
+    colors = torch.stack([batch.crops.mean(dim=(-1, -2)) for batch in first])
+    count = len(images) if _is_map_style(images) else 0
+    return torch.cat([colors.flatten(), torch.tensor([float(count)])])
+
+
 def stratified_offsets(config: TrainConfig, number: int) -> Tensor:
     """The (da, db) of batch ``number``, shape (batch_size, 2), Lab units.
 
@@ -97,6 +108,8 @@ def each_image(images: Any) -> Iterator[Tensor]:
 
 
 def _is_map_style(images: Any) -> bool:
+    if isinstance(images, (str, bytes, Mapping)):
+        raise TypeError(f"expected a dataset of images, got {type(images).__name__}")
     return hasattr(images, "__getitem__") and not isinstance(images, IterableDataset)
 
 
@@ -151,22 +164,20 @@ class _StreamCrops(IterableDataset[Crop]):
         self.config = config
 
     def __iter__(self) -> Iterator[Crop]:
-        index, without = 0, 0
+        if iter(self.images) is self.images:
+            raise TypeError("expected an iterable that can be read again, like a list or a DataLoader, not a generator")
+        index = 0
         while True:
-            before = index
+            seen, found = 0, False
             for image in each_image(self.images):
                 crops = [tissue_crop(image, self.config, index + i) for i in range(CROPS_PER_IMAGE)]
-                found = [crop for crop in crops if crop]
-                yield from found
                 index += CROPS_PER_IMAGE
-                without = 0 if found else without + 1
-                if without == IMAGES:
-                    raise ValueError(f"{_no_tissue(self.config)} in {IMAGES} images in a row")
-            if index == before:
-                raise ValueError(
-                    f"the images ended after {index // CROPS_PER_IMAGE}: expected at least one, and an iterable that "
-                    "can be read again, like a list or a DataLoader, not a generator"
-                )
+                seen, found = seen + 1, found or any(crops)
+                yield from filter(None, crops)
+            if not seen:
+                raise ValueError("expected at least one image, got none")
+            if not found:
+                raise ValueError(f"{_no_tissue(self.config)} in {seen} images")
 
 
 def _unbatched(sample: Any) -> Iterator[Tensor]:
@@ -186,7 +197,24 @@ def tissue_crop(image: Tensor, config: TrainConfig, index: int, attempt: int = 0
     height, width = image.shape[-2:]
     if min(height, width) < side:
         raise ValueError(f"expected images of at least {side} x {side} pixels, got {height} x {width}")
-    generator = _generator(config.seed, PLACE, index, attempt)
+    with _one_thread():
+        return _draw_crop(image, config, _generator(config.seed, PLACE, index, attempt))
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """As loader processes compute: kernels that share work among threads round differently."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _draw_crop(image: Tensor, config: TrainConfig, generator: torch.Generator) -> Crop | None:
+    side = config.crop
+    height, width = image.shape[-2:]
     low, high = (math.log(scale) for scale in config.scales)
     for _ in range(PLACES):
         scale = math.exp(low + (high - low) * float(torch.rand((), generator=generator)))
@@ -202,7 +230,7 @@ def tissue_crop(image: Tensor, config: TrainConfig, index: int, attempt: int = 0
 
 
 def _no_tissue(config: TrainConfig) -> str:
-    return f"no crop with {config.min_tissue:.0%} tissue (are they H&E images?)"
+    return f"no crop with {config.min_tissue:.0%} tissue (H&E, uint8 or floating point in [0, 1]?)"
 
 
 def _generator(*numbers: int) -> torch.Generator:

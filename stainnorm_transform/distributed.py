@@ -28,6 +28,19 @@ def mean_over_processes(value: Tensor) -> Tensor:
     return value / count
 
 
+def from_first(content: bytes | None, device: torch.device) -> bytes | None:
+    """What the first process gives, in all of them."""
+    if rank_and_count()[1] == 1:
+        return content
+    size = torch.tensor([-1 if content is None else len(content)], device=device)
+    dist.broadcast(size, 0)
+    if size < 0:
+        return None
+    values = torch.tensor(list(content or bytes(int(size))), dtype=torch.uint8, device=device)
+    dist.broadcast(values, 0)
+    return bytes(values.tolist())
+
+
 def parallel(network: ColorNormNet) -> nn.Module:
     """The network as one process of several trains it: gradients and batch-norm statistics are those of all."""
     for module in list(network.modules()):

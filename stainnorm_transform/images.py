@@ -152,6 +152,10 @@ class ImageFiles(Dataset[Tensor]):
             self.kept[index] = image
         return image
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Processes that do not share memory read what they need themselves.
+        return {"paths": self.paths, "memory": 0, "kept": {}}
+
 
 def flatten(image: Image.Image) -> Image.Image:
     """RGB as seen on white glass: what is transparent becomes white."""

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from stainnorm_transform import checkpoint as checkpoints
 from stainnorm_transform.color import random_offset, shift_batch
-from stainnorm_transform.crops import Batch, batches, each_image
-from stainnorm_transform.distributed import mean_over_processes, parallel, rank_and_count
-from stainnorm_transform.estimate import mean_offset, small_copy, sums_of_copies
+from stainnorm_transform.crops import Batch, batches, crop_colors, each_image
+from stainnorm_transform.distributed import from_first, mean_over_processes, parallel, rank_and_count
+from stainnorm_transform.estimate import has_tissue, mean_offset, small_copy, sums_of_copies
 from stainnorm_transform.network import ColorNormNet
 
 
@@ -40,11 +40,11 @@ class TrainConfig:
     scales: tuple[float, float] = _setting((1.5, 12.0), "area-downsampling of crops, drawn log-uniformly between these")
     max_offset: float = _setting(40.0, "largest shift of a* and b*, in Lab units")
     preserve_white: bool = _setting(True, "fade shifts out from L* = 60 to 97; without it as in the paper, everywhere")
-    learning_rate: float = _setting(0.01, "of Adam, at the peak of the schedule")
+    learning_rate: float = _setting(0.01, "learning rate of Adam at the peak of its schedule")
     l2_weight: float = _setting(0.1, "lambda in the loss L1 + lambda * L2, per Lab unit")
     min_tissue: float = _setting(0.3, "least share of tissue in a crop")
     report_every: int = _setting(100, "iterations between measurements, and between checkpoints")
-    seed: int = _setting(0, "of crops, shifts and the first weights")
+    seed: int = _setting(0, "seed of crops, shifts and the initial network")
 
     def __post_init__(self) -> None:
         for name in ("max_offset", "learning_rate"):
@@ -55,10 +55,12 @@ class TrainConfig:
         if not 0 < self.min_tissue <= 1:
             raise ValueError(f"expected 0 < min_tissue <= 1, got {self.min_tissue}")
         for name in ("iterations", "batch_size", "crop", "report_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"expected {name} >= 1, got {getattr(self, name)}")
-        if self.seed < 0:
-            raise ValueError(f"expected seed >= 0, got {self.seed}")
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"expected a whole number {name} >= 1, got {getattr(self, name)}")
+        if not isinstance(self.preserve_white, bool):
+            raise ValueError(f"expected preserve_white True or False, got {self.preserve_white!r}")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"expected a whole number seed from 0 to 2**63 - 1, got {self.seed}")
         if len(self.scales) != 2 or not 1 <= self.scales[0] <= self.scales[1] < math.inf:
             raise ValueError(f"expected scales (low, high) with 1 <= low <= high, got {self.scales}")
 
@@ -111,21 +113,22 @@ def train(
     The same images, config and device give the same network, whatever ``workers`` is and however often the run was
     interrupted.
 
-    In an initialized ``torch.distributed`` process group, all processes call this together; each computes its part of
-    every batch, and the first reports and writes.
+    In an initialized ``torch.distributed`` process group, all processes call this together with the same arguments;
+    each computes its part of every batch, and the first measures, reports and writes.
 
     Args:
         images: images of the target, of any sizes from ``config.crop``: a list or map-style dataset, from which all are
-            drawn equally often, or an iterable, such as a DataLoader, that can be read again and is read in its own
-            order. An image is a PIL image of mode RGB or a tensor (3, H, W), uint8 or floating point in [0, 1], alone
-            or first in a tuple; an iterable may also give batches (N, 3, H, W). Images are not kept in memory.
+            drawn equally often, or an iterable, such as a DataLoader, that gives the same images in the same order
+            whenever it is read. An image is a PIL image of mode RGB or a tensor (3, H, W), uint8 or floating point in
+            [0, 1], alone or first in a tuple; an iterable may also give batches (N, 3, H, W). Images are not kept.
         config: the recipe.
-        held_out: images of the target that are not in ``images``, to measure ``Report.held_out_error`` on. Small copies
-            of them are kept.
+        held_out: images of the target, with tissue, that are not in ``images``, to measure ``Report.held_out_error``
+            on. Small copies of them are kept.
         device: where to train.
         workers: processes that read a map-style dataset.
-        checkpoint: a ``.safetensors`` file for the state of the run, written at the start and at every measurement.
-            If it exists, the run goes on from it. It stays when the run is done.
+        checkpoint: a file for the state of the run, written at the start and at every measurement. If it exists, the
+            run goes on from it; whether the images are the same is checked on a few hundred crops. It stays when the
+            run is done.
         report: called after every iteration; by default prints the measurements.
 
     Returns:
@@ -139,22 +142,29 @@ def train(
     """
     config = config or TrainConfig()
     part = rank, count = rank_and_count()
+    if workers < 0:
+        raise ValueError(f"expected workers >= 0, got {workers}")
     if config.batch_size % count:
         raise ValueError(f"expected a batch_size that {count} processes can share, got {config.batch_size}")
     network = _initial(config.seed).to(device)
     trained = parallel(network) if count > 1 else network
     optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate)
-    copies = [small_copy(image[None]).to(device) for image in each_image(held_out)] if rank == 0 else []
+    copies = [_with_tissue(image).to(device) for image in each_image(held_out)] if rank == 0 else []
 
     start = 0
     if checkpoint is not None:
-        first_colors = next(batches(images, config, 0)).crops.mean(dim=(-1, -2))
-        if Path(checkpoint).exists():
-            start = checkpoints.load(checkpoint, network, optimizer, config, first_colors)
-        elif rank == 0:
-            # Twice: the second needs room beside the first, as every later one will.
+        path = Path(checkpoint)
+        content = from_first(path.read_bytes() if rank == 0 and path.exists() else None, torch.device(device))
+        colors = crop_colors(images, config)
+        if content is not None:
+            try:
+                start = checkpoints.restore(content, network, optimizer, config, colors)
+            except ValueError as problem:
+                raise ValueError(f"cannot go on from {path}: {problem}") from problem
+        if rank == 0:
+            # Now rather than after hours; twice, because the second needs room beside the first, as every later one.
             for _ in range(2):
-                checkpoints.save(checkpoint, network, optimizer, 0, config, first_colors)
+                checkpoints.save(path, network, optimizer, start, config, colors)
 
     losses: list[float] = []
     error = None
@@ -168,13 +178,15 @@ def train(
         optimizer.step()
         losses.append(mean_over_processes(loss.detach()).item())
         if not math.isfinite(losses[-1]):
-            raise ValueError(f"the loss is {losses[-1]} at iteration {iteration}: lower the learning rate")
+            raise ValueError(
+                f"the loss is {losses[-1]} at iteration {iteration}: start again with a lower learning rate"
+            )
         measured = iteration % config.report_every == 0 or iteration == config.iterations
         if rank == 0:
             if measured and copies:
                 error = _mean_error(network, copies, config)
             if measured and checkpoint is not None:
-                checkpoints.save(checkpoint, network, optimizer, iteration, config, first_colors)
+                checkpoints.save(path, network, optimizer, iteration, config, colors)
             report(Report(iteration, sum(losses) / len(losses), error, measured))
         if measured:
             losses = []
@@ -234,9 +246,19 @@ def offset_errors(
 
     Returns:
         Estimated minus true (a*, b*), Lab units, shape (images, draws, 2).
+
+    Raises:
+        ValueError: there are no images, or one has no tissue.
     """
-    copies = (small_copy(image[None].to(network.device)) for image in each_image(images))
+    copies = (_with_tissue(image).to(network.device) for image in each_image(images))
     return _errors_of_copies(network, copies, preserve_white, max_offset, draws)
+
+
+def _with_tissue(image: Tensor) -> Tensor:
+    copy = small_copy(image[None])
+    if not has_tissue(copy):
+        raise ValueError("expected held-out images with tissue, got one without")
+    return copy
 
 
 @torch.no_grad()
@@ -248,6 +270,8 @@ def _errors_of_copies(
     for copy in copies:
         shifted = shift_batch(copy.expand(draws, -1, -1, -1), offset.to(network.device), preserve_white)
         errors.append(mean_offset(sums_of_copies(network, shifted))[:, 1:].cpu() - offset)
+    if not errors:
+        raise ValueError("expected at least one image, got none")
     return torch.stack(errors)
 
 

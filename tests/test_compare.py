@@ -20,18 +20,26 @@ def tiles():
 
 def test_figures_of_images_left_as_they_are(tiles):
     figures = measure(lambda image: image, tiles, 0)
-    assert figures["white"] == figures["clipped"] == 0
+    assert figures["clipped"] == 0
     assert figures["ssim"] == pytest.approx(1)
     assert figures["told_apart"] >= 0.5
     only_shifted = measure(lambda image: image, tiles[:2], 0)
     assert only_shifted["distance"] == pytest.approx(float(OFFSET.norm()), abs=0.3)
+    assert only_shifted["equal_lightness"] == pytest.approx(float(OFFSET.norm()), abs=0.3)
     assert only_shifted["distance_by_image"] >= only_shifted["distance"] - 1e-4
 
 
 def test_the_shift_undone_leaves_no_distance(tiles):
     figures = measure(lambda image: shift_ab(image, -OFFSET, preserve_white=False), tiles[:2], 0)
     assert figures["distance"] == pytest.approx(0, abs=0.3)
-    assert figures["white"] == pytest.approx(0, abs=8)
+    assert figures["equal_lightness"] == pytest.approx(0, abs=0.3)
+
+
+def test_white_that_moves_is_measured(tiles):
+    tiles = [[torch.cat([tile, torch.full_like(tile, 255)], dim=-1) for tile in center] for center in tiles[:2]]
+    assert measure(lambda image: image, tiles, 0)["white"] == 0
+    assert measure(lambda image: shift_ab(image, OFFSET), tiles, 0)["white"] == 0
+    assert 1 < measure(lambda image: shift_ab(image, OFFSET, preserve_white=False), tiles, 0)["white"] < 10
 
 
 def test_the_control_matches_means_and_keeps_white(tiles):

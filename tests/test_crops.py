@@ -138,10 +138,12 @@ def test_images_without_tissue_are_passed_over(tiles):
     ("images", "error", "message"),
     [
         ([], ValueError, "at least one image, got none"),
-        (Stream([]), ValueError, "the images ended after 0"),
+        (Stream([]), ValueError, "at least one image, got none"),
+        ({0: WHITE}, TypeError, "a dataset of images, got dict"),
+        ("tiles", TypeError, "a dataset of images, got str"),
         ([WHITE], ValueError, "no crop with 30% tissue .* in 100 images drawn from 1"),
         ([torch.full_like(WHITE, 90)], ValueError, "no crop with 30% tissue"),
-        (Stream([WHITE]), ValueError, "no crop with 30% tissue .* in 100 images in a row"),
+        (Stream([WHITE]), ValueError, "no crop with 30% tissue .* in 1 images"),
         ([torch.zeros(3, 20, 64)], ValueError, "at least 32 x 32 pixels, got 20 x 64"),
         ([torch.zeros(4, 64, 64)], ValueError, r"shape \(\.\.\., 3, H, W\)"),
         ([torch.zeros(1, 3, 64, 64)], ValueError, r"images of shape \(3, H, W\), got \(1, 3, 64, 64\)"),
@@ -155,9 +157,30 @@ def test_bad_images(images, error, message):
         list(batches(images, CONFIG, 0))
 
 
-def test_a_generator_ends(tiles):
-    with pytest.raises(ValueError, match=r"ended after \d+: expected .* not a generator"):
+def test_a_generator_is_refused(tiles):
+    with pytest.raises(TypeError, match=r"can be read again, .* not a generator"):
         list(batches((tile for tile in tiles), CONFIG, 0))
+
+
+def test_long_stretches_without_tissue_are_passed_over(tiles):
+    config = TrainConfig(iterations=2, batch_size=4, crop=32, scales=(1.0, 1.0))
+    assert len(list(batches(Stream([tiles[0][:, :40, :40], *[WHITE[:, :32, :32]] * 150]), config, 0))) == 2
+
+
+@pytest.mark.parametrize("crop", [32, 111])
+def test_the_number_of_threads_changes_nothing(crop):
+    config = TrainConfig(iterations=1, batch_size=2, crop=crop, scales=(1.0, 1.0))
+    images = [render_tile(1, 128)]
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(list(batches(images, config, 0)))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert same(*results)
 
 
 def test_to_tensor_takes_the_image_of_a_sample(tiles):

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT
 from render_tiles import render_tile
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 from stainnorm_transform import TrainConfig, train
 from stainnorm_transform.distributed import BatchNorm
@@ -17,16 +18,24 @@ CONFIG = TrainConfig(iterations=6, batch_size=8, crop=32, scales=(1.0, 2.0), rep
 needs_gloo = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 
 
-def train_and_keep_reports():
+def train_and_keep_reports(checkpoint=None, stop=0):
     reports = []
+
+    def report(report):
+        reports.append(report)
+        if report.iteration == stop:
+            raise RuntimeError(f"stopped at {stop}")
+
     tiles = [render_tile(seed) for seed in range(3)]
-    network = train(tiles, CONFIG, held_out=[render_tile(9)], report=reports.append)
+    network = train(tiles, CONFIG, held_out=[render_tile(9)], checkpoint=checkpoint, report=report)
     return network.state_dict(), reports
 
 
-def one_process(rank, folder):
+def one_process(rank, folder, checkpoint=None, stop=0):
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    state, reports = train_and_keep_reports()
+    # Only the first process sees the checkpoint.
+    state, reports = train_and_keep_reports(checkpoint if rank == 0 or not checkpoint else folder / "none", stop)
     losses = torch.tensor([report.loss for report in reports])
     errors = torch.tensor([report.held_out_error or (math.nan, math.nan) for report in reports])
     torch.save({"state": state, "losses": losses, "errors": errors}, folder / f"{rank}.pt")
@@ -81,12 +90,32 @@ def test_torchrun_writes_and_prints_once(tmp_path):
     stainnorm = Path(sys.executable).with_name("stainnorm")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--no-python"]
     command += [stainnorm, "train", ROOT / "examples/tiles/lab_a", "--out", out, "--device", "cpu"]
-    command += ["--iterations", "2", "--batch-size", "4", "--crop", "32"]
-    result = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300
-    )
+    command += ["--iterations", "4", "--batch-size", "4", "--report-every", "2", "--crop", "32"]
+    result = run(command)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("training on 1 image") == 1
-    assert result.stdout.count("iteration 2: loss") == 1
+    assert result.stdout.count("images to train on: 1") == 1
+    assert result.stdout.count("iteration 4: loss") == 1
     assert result.stdout.count(f"weights: {out}") == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["lab.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["lab.safetensors"]
+
+
+@needs_gloo
+def test_two_processes_go_on_where_two_stopped(tmp_path):
+    torch.multiprocessing.spawn(one_process, (tmp_path,), nprocs=2)
+    expected = torch.load(tmp_path / "0.pt", weights_only=True)["state"]
+    folder = tmp_path / "resumed"
+    folder.mkdir()
+    with pytest.raises(ProcessRaisedException, match="stopped at 4"):
+        torch.multiprocessing.spawn(one_process, (folder, folder / "run", 4), nprocs=2)
+    (folder / "meeting").unlink()
+    torch.multiprocessing.spawn(one_process, (folder, folder / "run"), nprocs=2)
+    first, second = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert len(first["losses"]) == 3
+    for name, value in expected.items():
+        assert torch.equal(first["state"][name], second["state"][name])
+        torch.testing.assert_close(first["state"][name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def run(command):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)

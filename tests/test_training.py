@@ -3,6 +3,7 @@ import safetensors.torch
 import torch
 from kornia.color import rgb_to_lab
 from render_tiles import render_tile
+from torch.utils.data import DataLoader
 
 from stainnorm_transform import ColorNormNet, NormalizeStain, TrainConfig, train
 from stainnorm_transform.color import shift_ab
@@ -99,8 +100,8 @@ def test_a_run_interrupted_anywhere_ends_as_if_it_had_not_been(tmp_path, iterati
     reports = []
     state = train(TILES, config, checkpoint=checkpoint, report=reports.append).state_dict()
     assert all(torch.equal(state[name], expected[name]) for name in expected)
-    # What is repeated is what came after the last measurement.
-    assert reports[0].iteration == (iteration - 1) // 4 * 4 + 1 if iteration % 4 else iteration // 4 * 4 + 1
+    # The report of a measurement comes after its checkpoint; only what followed is repeated.
+    assert reports[0].iteration == iteration // 4 * 4 + 1
     reports.clear()
     again = train(TILES, config, checkpoint=checkpoint, report=reports.append).state_dict()
     assert all(torch.equal(again[name], expected[name]) for name in expected)
@@ -111,16 +112,16 @@ def test_a_checkpoint_of_another_run_or_half_of_one_is_refused(tmp_path):
     checkpoint = tmp_path / "run.safetensors"
     train(TILES, SHORT, checkpoint=checkpoint, report=lambda _: None)
     whole = checkpoint.read_bytes()
-    with pytest.raises(ValueError, match=r"other settings: learning_rate 0\.01, now 0\.1, seed 0, now 3"):
+    with pytest.raises(ValueError, match=r"other settings \(learning_rate 0\.01, now 0\.1, seed 0, now 3\)"):
         train(TILES, TrainConfig(**{**vars(SHORT), "seed": 3, "learning_rate": 0.1}), checkpoint=checkpoint)
-    with pytest.raises(ValueError, match="is of a run with other images"):
+    with pytest.raises(ValueError, match="the run had other images, or the same in another order"):
         train([render_tile(7, 64)], SHORT, checkpoint=checkpoint)
     assert checkpoint.read_bytes() == whole
     for size in [0, 1, 8, 100, len(whole) // 2, len(whole) - 1]:
         checkpoint.write_bytes(whole[:size])
         with pytest.raises(ValueError, match="expected the checkpoint of a training run"):
             train(TILES, SHORT, checkpoint=checkpoint)
-    safetensors.torch.save_file({"stem.weight": torch.zeros(1)}, checkpoint)
+    safetensors.torch.save_file({"metadata": torch.zeros(1)}, checkpoint)
     with pytest.raises(ValueError, match="expected the checkpoint of a training run"):
         train(TILES, SHORT, checkpoint=checkpoint)
 
@@ -128,6 +129,41 @@ def test_a_checkpoint_of_another_run_or_half_of_one_is_refused(tmp_path):
 def test_a_checkpoint_that_cannot_be_written_is_noticed_before_training(tmp_path):
     with pytest.raises(FileNotFoundError):
         train(TILES, SHORT, checkpoint=tmp_path / "missing" / "run.safetensors", report=interrupted_at(1))
+
+
+@pytest.mark.parametrize("changed", range(3))
+def test_one_image_that_changed_is_noticed(tmp_path, changed):
+    config = TrainConfig(**{**vars(SHORT), "iterations": 16})
+    train(TILES, config, checkpoint=tmp_path / "run", report=lambda _: None)
+    others = [render_tile(7, 64) if number == changed else tile for number, tile in enumerate(TILES)]
+    with pytest.raises(ValueError, match="the run had other images"):
+        train(others, config, checkpoint=tmp_path / "run")
+    with pytest.raises(ValueError, match="the run had other images"):
+        train([*TILES, TILES[0]], config, checkpoint=tmp_path / "run")
+
+
+def test_an_iterable_is_resumed_where_it_stopped(tmp_path):
+    loader = DataLoader(TILES, batch_size=2)
+    expected = train(loader, SHORT, report=lambda _: None).state_dict()
+    with pytest.raises(KeyboardInterrupt):
+        train(loader, SHORT, checkpoint=tmp_path / "run", report=interrupted_at(3))
+    state = train(loader, SHORT, checkpoint=tmp_path / "run", report=lambda _: None).state_dict()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    shuffled = DataLoader(TILES, batch_size=2, shuffle=True, generator=torch.Generator().manual_seed(4))
+    with pytest.raises(ValueError, match="the same in another order"):
+        train(shuffled, SHORT, checkpoint=tmp_path / "run")
+
+
+def test_held_out_images_of_any_kind():
+    errors = []
+    for held_out in (TILES[:2], [(tile, 1) for tile in TILES[:2]], DataLoader(TILES[:2], batch_size=2)):
+        train(TILES[2:], SHORT, held_out=held_out, report=lambda report: errors.append(report.held_out_error))
+    assert errors[:4] == errors[4:8] == errors[8:]
+    white = torch.full((3, 64, 64), 255, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="held-out images with tissue, got one without"):
+        train(TILES, SHORT, held_out=[TILES[0], white])
+    with pytest.raises(ValueError, match="at least one image, got none"):
+        offset_errors(ColorNormNet(), [])
 
 
 def test_the_number_of_workers_does_not_change_the_network():
@@ -143,6 +179,11 @@ def test_paper_recipe_shifts_white_as_well():
         network.stem.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
         offset_loss(network, batch, TrainConfig(preserve_white=preserve_white))
         assert (seen[0][:, 1:].abs().max() > 0.1) == moved
+
+
+def test_workers_cannot_be_fewer_than_none():
+    with pytest.raises(ValueError, match="workers >= 0, got -1"):
+        train(TILES, SHORT, workers=-1)
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 10])
@@ -180,7 +221,10 @@ def test_loss_that_is_not_finite_stops_the_run():
         ({"learning_rate": 0}, "finite learning_rate > 0"),
         ({"min_tissue": 2}, "0 < min_tissue <= 1"),
         ({"l2_weight": -1}, "l2_weight >= 0, got -1"),
-        ({"seed": -1}, "seed >= 0, got -1"),
+        ({"seed": -1}, "seed from 0 to .*, got -1"),
+        ({"seed": 2**63}, "seed from 0 to"),
+        ({"iterations": 2.5}, "a whole number iterations >= 1, got 2.5"),
+        ({"preserve_white": "no"}, "preserve_white True or False, got 'no'"),
         ({"scales": (1, float("inf"))}, r"got \(1, inf\)"),
     ],
 )

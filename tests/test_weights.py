@@ -1,25 +1,37 @@
 import hashlib
 import json
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from camelyon17 import read
+from camelyon17 import read, read_center
+from train_camelyon17 import RECIPES
 
 from stainnorm_transform import ColorNormNet, NormalizeStain, TrainConfig, weights
 
+ERRORS = ("held_out_error", "held_out_error_std_over_images", "held_out_error_same_for_all_shifts")
 GOLDEN = Path(__file__).parent / "golden"
 
 
 def test_the_default_is_shipped():
-    assert weights.DEFAULT in weights.names()
-    assert NormalizeStain.pretrained().target == weights.DEFAULT
+    assert weights.names() == [*weights.ALIASES, *weights.SHA256]
+    assert NormalizeStain.pretrained().target == weights.ALIASES[weights.DEFAULT]
+    default, other = weights.load(), weights.load(weights.ALIASES[weights.DEFAULT])
+    assert (default.target, default.metrics) == (other.target, other.metrics)
 
 
-@pytest.mark.parametrize("name", weights.names())
+def test_every_target_is_shipped():
+    centers = {f"camelyon17-center{center}" for center in range(5)}
+    assert set(weights.SHA256) == {*centers, "camelyon17-paper"}
+    files = {path.stem for path in Path(weights.__file__).parent.glob("*.safetensors")}
+    assert files == set(weights.SHA256)
+
+
+@pytest.mark.parametrize("name", weights.SHA256)
 def test_shipped_weights_are_what_they_say(name):
     path = Path(weights.__file__).with_name(f"{name}.safetensors")
     content = path.read_bytes()
@@ -28,16 +40,37 @@ def test_shipped_weights_are_what_they_say(name):
     loaded = weights.load(name)
     assert sum(parameter.numel() for parameter in loaded.network.parameters()) == 2352
     assert loaded.target == name
-    TrainConfig(**{**loaded.config, "scales": tuple(loaded.config["scales"])})
+    config = TrainConfig(**{**loaded.config, "scales": tuple(loaded.config["scales"])})
+    recipe = RECIPES[name]
+    assert config == recipe.config
+    assert loaded.data["summary"].startswith(f"CAMELYON17 center {recipe.center}, 6 images")
     error = loaded.metrics["held_out_error"]
-    assert 0 < (error["a"] + error["b"]) / 2 <= 2.0
     by_image = loaded.metrics["held_out_error_by_image"]
     assert set(by_image) == set(loaded.data["images"])
     assert np.mean(list(by_image.values()), axis=0).tolist() == pytest.approx([error["a"], error["b"]], abs=0.01)
     assert loaded.date >= "2026"
 
 
-@pytest.mark.parametrize("name", weights.names())
+@pytest.mark.parametrize("name", weights.SHA256)
+def test_the_model_card_says_what_the_metadata_says(name):
+    card = Path(weights.__file__).with_name("README.md").read_text()
+    metrics = weights.load(name).metrics
+    cells = [f"{metrics[key][channel]:.2f}" for key in ERRORS for channel in "ab"]
+    row = next(line for line in card.splitlines() if line.startswith(f"| `{name}`"))
+    assert re.findall(r"\d+\.\d\d", row) == cells
+    for image, error in metrics["held_out_error_by_image"].items():
+        assert re.search(rf"\| {Path(image).stem} \|.*\b{error[0]:.2f}, {error[1]:.2f}\b", card)
+
+
+@pytest.mark.parametrize("name", weights.SHA256)
+def test_images_of_the_target_keep_their_color(data, name):
+    normalize = NormalizeStain.pretrained(name)
+    images = read_center(data, RECIPES[name].center).values()
+    offsets = torch.stack([normalize.estimate_offset(image) for image in images])
+    assert offsets.mean(dim=0).norm() < 2
+
+
+@pytest.mark.parametrize("name", weights.SHA256)
 def test_golden_output(name):
     normalize = NormalizeStain.pretrained(name)
     expected = json.loads((GOLDEN / f"{name}.json").read_text())
@@ -78,7 +111,7 @@ def test_missing_file(tmp_path):
 
 def damage(kind: str, good: bytes) -> bytes:
     tensors = safetensors.torch.load(good)
-    metadata = {"stainnorm_transform": json.dumps({"target": "t", "config": {}})}
+    metadata = {"stainnorm_transform": json.dumps({"format": weights.FORMAT, "target": "t", "config": {}})}
     if kind == "missing tensor":
         del tensors["stem.weight"]
     if kind == "extra tensor":
@@ -92,9 +125,13 @@ def damage(kind: str, good: bytes) -> bytes:
     if kind == "bad json":
         metadata = {"stainnorm_transform": "{"}
     if kind == "unknown fields":
-        metadata = {"stainnorm_transform": json.dumps({"surprise": 1})}
+        metadata = {"stainnorm_transform": json.dumps({"format": weights.FORMAT, "surprise": 1})}
     if kind == "no recipe":
-        metadata = {"stainnorm_transform": json.dumps({"target": "t", "config": [1]})}
+        metadata = {"stainnorm_transform": json.dumps({"format": weights.FORMAT, "target": "t", "config": [1]})}
+    if kind == "no dictionary":
+        metadata = {"stainnorm_transform": "[]"}
+    if kind == "older format":
+        metadata = {"stainnorm_transform": json.dumps({"target": "t", "config": {}})}
     return safetensors.torch.save(tensors, metadata)
 
 
@@ -109,6 +146,8 @@ def damage(kind: str, good: bytes) -> bytes:
         ("bad json", "ColorNormNet"),
         ("unknown fields", "ColorNormNet"),
         ("no recipe", "ColorNormNet"),
+        ("no dictionary", "ColorNormNet"),
+        ("older format", r"has format 0, this version of the package reads 1: train it again"),
     ],
 )
 def test_damaged_files(tmp_path, kind, message):
@@ -152,7 +191,7 @@ def test_truncated_and_huge_files_are_refused(tmp_path):
 
 
 def test_damaged_shipped_weights_are_noticed(monkeypatch):
-    monkeypatch.setitem(weights.SHA256, weights.DEFAULT, "0" * 64)
+    monkeypatch.setitem(weights.SHA256, weights.ALIASES[weights.DEFAULT], "0" * 64)
     with pytest.raises(ValueError, match="damaged: its sha256"):
         NormalizeStain.pretrained()
 
@@ -175,7 +214,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError, match="disk full"):
         weights.save(ColorNormNet(), path, TrainConfig())
     assert path.read_bytes() == before

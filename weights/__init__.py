@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 DEFAULT = "camelyon17"
 # Other names of shipped weights.
-ALIASES = {"camelyon17": "camelyon17-center0"}
+ALIASES = {"camelyon17": "camelyon17-center1"}
 METADATA_KEY = "stainnorm_transform"
 MAX_BYTES = 1_000_000
 # What networks were trained with outside of their config: the color shift, tissue and scales. Raised when these change.
@@ -30,7 +30,11 @@ FORMAT = 1
 
 # Shipped weights, NAME.safetensors beside this file: name -> sha256.
 SHA256 = {
-    "camelyon17": "25d57c243d58f3d1b4b0870bc03a59c644a9d45e6af5b39624005aa8d6306088",
+    "camelyon17-center0": "1601a7e21f7225972cf7816d028c558fcc9570fdf75056e1d8200b20cf102f76",
+    "camelyon17-center1": "9ed3255ee953bf486f7c32f14af2bfacd20bddb2cf0d997aea5ccd6c3e1724dc",
+    "camelyon17-center2": "2fe0f40421aba920d0bdc59112560bea8f152cb4ff84cfa11c01fb7b8ebfd084",
+    "camelyon17-center3": "bd5353af7e126df20d8a085458d7414fbc4e8edf50afed1ca4de2068166ae264",
+    "camelyon17-center4": "da56db63a9a745490d7dbc0d7ef47807f2b4354481e5afe0dacf1b0ea0b22bc2",
 }
 
 
@@ -87,6 +91,8 @@ def load(name_or_path: str | os.PathLike[str] = DEFAULT) -> Weights:
         tensors = safetensors.torch.load(content)
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {})[METADATA_KEY])
+        if not isinstance(metadata, dict):
+            raise TypeError("its metadata is no dictionary")
         if (number := metadata.pop("format", 0)) != FORMAT:
             raise ValueError(f"{path} has format {number}, this version of the package reads {FORMAT}: train it again")
         network = ColorNormNet()
@@ -137,8 +143,9 @@ def save(
         "date": datetime.date.today().isoformat(),
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    content = safetensors.torch.save(tensors, {METADATA_KEY: json.dumps(metadata)})
     with replacing(path) as temporary:
-        safetensors.torch.save_file(tensors, temporary, {METADATA_KEY: json.dumps(metadata)})
+        temporary.write_bytes(content)
 
 
 def check_path(path: str | os.PathLike[str]) -> Path:
