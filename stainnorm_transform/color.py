@@ -70,7 +70,7 @@ def shift_ab(image: Tensor, offset: Tensor, preserve_white: bool = True) -> Tens
         >>> pink = torch.tensor([0.9, 0.6, 0.7]).view(3, 1, 1)
         >>> bluer = shift_ab(pink, torch.tensor([0.0, -10.0]))
         >>> [round(value, 2) for value in bluer.flatten().tolist()]
-        [0.87, 0.6, 0.77]
+        [0.88, 0.6, 0.75]
     """
     check_image(image)
     leading = image.shape[:-3]

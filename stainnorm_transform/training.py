@@ -34,7 +34,7 @@ class TrainConfig:
     same number of iterations; the rest is ours.
     """
 
-    iterations: int = _setting(800, "batches to train on")
+    iterations: int = _setting(1600, "batches to train on")
     batch_size: int = _setting(16, "crops in a batch, over all processes")
     crop: int = _setting(32, "side of a crop in pixels, after downsampling")
     scales: tuple[float, float] = _setting((1.5, 12.0), "area-downsampling of crops, drawn log-uniformly between these")

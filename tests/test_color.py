@@ -19,7 +19,7 @@ def rgb_cube(steps: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def fade(lab, preserve_white: bool):
-    return ((97 - lab[..., :1, :, :]) / 17).clip(0, 1) if preserve_white else 1
+    return ((97 - lab[..., :1, :, :]) / 37).clip(0, 1) if preserve_white else 1
 
 
 @BOTH

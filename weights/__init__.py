@@ -35,6 +35,7 @@ SHA256 = {
     "camelyon17-center2": "2fe0f40421aba920d0bdc59112560bea8f152cb4ff84cfa11c01fb7b8ebfd084",
     "camelyon17-center3": "bd5353af7e126df20d8a085458d7414fbc4e8edf50afed1ca4de2068166ae264",
     "camelyon17-center4": "da56db63a9a745490d7dbc0d7ef47807f2b4354481e5afe0dacf1b0ea0b22bc2",
+    "camelyon17-paper": "79103d401b0e3ce5c6c0e5e47bd4e418d915dede7c7cbd758014d83e41b9505b",
 }
 
 
