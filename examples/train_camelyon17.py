@@ -49,11 +49,15 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--folds", type=int, help="measure by this many folds; 0: not at all")
+    parser.add_argument("--keep-folds", type=Path, metavar="DIR", help="folder to write the networks of the folds to")
     parser.add_argument("--camelyon16", action="store_true", help="train on CAMELYON16 tiles of the same lab as well")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, one core each (default: %(default)s)")
     options = parser.parse_args()
-    if not options.out.is_dir():
-        parser.error(f"{options.out} is not a folder")
+    for folder in filter(None, (options.out, options.keep_folds)):
+        if not folder.is_dir():
+            parser.error(f"{folder} is not a folder")
+    if options.folds is not None and not (options.folds == 0 or 2 <= options.folds <= 6):
+        parser.error(f"expected 0 or 2 to 6 folds, got {options.folds}")
 
     # One run to a core: the network is too small to be worth several threads.
     with ProcessPoolExecutor(
@@ -67,10 +71,15 @@ def main() -> None:
             config = dataclasses.replace(recipe.config, seed=options.seed)
             folds = recipe.folds if options.folds is None else options.folds
             left_out = [list(images)[fold::folds] for fold in range(folds)]
-            measured = [pool.submit(run, name, images, more, config, names) for names in left_out]
+            measured = [(names, pool.submit(run, name, images, more, config, names)) for names in left_out]
             waiting.append((name, images, more, config, measured, pool.submit(run, name, images, more, config, ())))
         for name, images, more, config, measured, final in waiting:
-            errors = {name: error for fold in measured for name, error in fold.result()[1].items()}
+            errors: dict[str, Tensor] = {}
+            for names, fold in measured:
+                network, errors_of_fold = fold.result()
+                errors |= errors_of_fold
+                if options.keep_folds:
+                    weights.save(network, options.keep_folds / fold_name(name, names), config)
             metrics = summarize(errors) if errors else {}
             data = {
                 "summary": f"CAMELYON17 center {RECIPES[name].center}, {len(images)} images",
@@ -79,6 +88,7 @@ def main() -> None:
             }
             if more:
                 data["summary"] += f", and {len(more)} CAMELYON16 tiles"
+                data["source"] = "CAMELYON17 and CAMELYON16 (CC0 1.0)"
             network, _ = final.result()
             weights.save(network, options.out / f"{name}.safetensors", config, data=data, metrics=metrics)
             print(f"{name}: {metrics.get('summary', 'not measured')}", flush=True)
@@ -97,6 +107,10 @@ def run(
     )
     errors = offset_errors(network, [images[name] for name in left_out], config.preserve_white) if left_out else []
     return network, dict(zip(left_out, errors, strict=True))
+
+
+def fold_name(name: str, left_out: Sequence[str]) -> str:
+    return f"{name}.without-{'-'.join(Path(image).stem for image in left_out)}.safetensors"
 
 
 def report(label: str, report: Any) -> None:
@@ -123,6 +137,8 @@ def summarize(errors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def read_camelyon16(data: Path, center: int) -> list[Tensor]:
+    if center not in CAMELYON16:
+        return []
     folder = data / "camelyon16" / CAMELYON16[center]
     return [read(path) for path in sorted(folder.rglob("tumor_*.*"))]
 

@@ -192,7 +192,7 @@ def _split(
     if not apart and len(training) > 1:
         count = min(max(1, len(training) // HELD_OUT_EVERY), HELD_OUT_MOST)
         measured = [training[(2 * number + 1) * len(training) // (2 * count)] for number in range(count)]
-        training = [index for index in training if index not in set(measured)]
+        training = sorted(set(training) - set(measured))
     if not training:
         raise ValueError("no image is left to train on")
     if apart and not measured:
