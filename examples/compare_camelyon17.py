@@ -485,7 +485,7 @@ def plot(tiles: list[list[Tensor]], path: Path) -> None:
         axis.set_xlabel("a* (green to red)")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("b* (blue to yellow)")
-    axes[1].legend()
+    axes[1].legend(loc="lower left")
     figure.suptitle("Mean color of the tissue, one point an image")
     figure.savefig(path, dpi=110)
 

@@ -30,11 +30,11 @@ FORMAT = 1
 
 # Shipped weights, NAME.safetensors beside this file: name -> sha256.
 SHA256 = {
-    "camelyon17-center0": "1601a7e21f7225972cf7816d028c558fcc9570fdf75056e1d8200b20cf102f76",
-    "camelyon17-center1": "9ed3255ee953bf486f7c32f14af2bfacd20bddb2cf0d997aea5ccd6c3e1724dc",
-    "camelyon17-center2": "2fe0f40421aba920d0bdc59112560bea8f152cb4ff84cfa11c01fb7b8ebfd084",
-    "camelyon17-center3": "bd5353af7e126df20d8a085458d7414fbc4e8edf50afed1ca4de2068166ae264",
-    "camelyon17-center4": "da56db63a9a745490d7dbc0d7ef47807f2b4354481e5afe0dacf1b0ea0b22bc2",
+    "camelyon17-center0": "d754bdb157830f4cfc520e6f999de7aa833c0c098fb2a77e3186dcacd6fed100",
+    "camelyon17-center1": "702f829fda45e4ce50a524cd27eba5bcab617067413dec634956cffc9281431d",
+    "camelyon17-center2": "fea1dd44f1036c7880a2fe400fa04e19069723c8c20e5d10a9c01252a451655a",
+    "camelyon17-center3": "f7008a16e8ede6f18a68ed61be00c0d2c5978a5f52209f094d79b1f2c5f8b0bd",
+    "camelyon17-center4": "f7780be6332571903fc7fb1736cbbb72f22879a2d278814b5ab8d546723ea41b",
     "camelyon17-paper": "79103d401b0e3ce5c6c0e5e47bd4e418d915dede7c7cbd758014d83e41b9505b",
 }
 
