@@ -34,7 +34,7 @@ from tqdm import tqdm
 from train_camelyon17 import fold_name
 
 from stainnorm_transform import NormalizeStain, weights
-from stainnorm_transform.color import FULL_LIGHTNESS, WHITE_LIGHTNESS, random_offset, shift_ab
+from stainnorm_transform.color import fade, random_offset, shift_ab
 
 SIDE = 512  # of the tiles compared; of a large field, the middle
 TISSUE, GLASS = (10, 88), 90  # L*
@@ -107,18 +107,18 @@ def main() -> None:
         for target in options.targets:
             weights.load(folder / f"camelyon17-center{target}.safetensors")
     quiet()
-    names = {center: list(read_center(options.data, center)) for center in CENTERS}
-    tiles = [[middle(image) for image in read_center(options.data, center).values()] for center in CENTERS]
+    centers = [read_center(options.data, center) for center in CENTERS]
+    tiles = [[middle(image) for image in images.values()] for images in centers]
     # One target to a core.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.processes, context, initializer=quiet) as pool:
-        jobs = [pool.submit(compare, target, tiles, names[target], options) for target in options.targets]
+        jobs = [pool.submit(compare, target, tiles, list(centers[target]), options) for target in options.targets]
         results = [row for job in tqdm(jobs, unit="target", disable=None) for row in job.result()]
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
     print_table(results)
     print_by_target(results, tiles)
-    print_seams(tiles, options)
+    print_seams(centers, tiles, options)
     if options.plot:
         plot(tiles, options.plot)
 
@@ -184,8 +184,8 @@ def mean_match(tiles: list[Tensor]) -> Normalize:
 
     def normalize(image: Tensor) -> Tensor:
         lab = lab_of(image)
-        fade = ((WHITE_LIGHTNESS - lab[0]) / (WHITE_LIGHTNESS - FULL_LIGHTNESS)).clamp(0, 1)[tissue(lab)].mean()
-        return shift_ab(image, ((goal - tissue_mean(image)) / fade).nan_to_num())
+        share = fade(lab[0])[tissue(lab)].mean()
+        return shift_ab(image, ((goal - tissue_mean(image)) / share).nan_to_num())
 
     return normalize
 
@@ -429,11 +429,9 @@ def print_by_target(rows: list[Figures], tiles: list[list[Tensor]]) -> None:
     print(f"| *one image of the target from its others* | {' | '.join(cells)} |")
 
 
-def print_seams(tiles: list[list[Tensor]], options: argparse.Namespace) -> None:
+def print_seams(centers: list[dict[str, Tensor]], tiles: list[list[Tensor]], options: argparse.Namespace) -> None:
     target = int(weights.load().target[-1])
-    fields = [
-        max(read_center(options.data, center).values(), key=Tensor.numel) for center in CENTERS if center != target
-    ]
+    fields = [max(images.values(), key=Tensor.numel) for center, images in enumerate(centers) if center != target]
     kinds = ("most background", "most stroma", "most nuclei", "all 16")
     print(SEAMS.format(target=target))
     print(f"| method | {' | '.join(kinds)} |")

@@ -21,7 +21,7 @@ from camelyon17 import CENTERS, add_data_option, read, read_center
 from torch import Tensor
 
 from stainnorm_transform import ColorNormNet, TrainConfig, train, weights
-from stainnorm_transform.training import offset_errors
+from stainnorm_transform.training import error_metrics, offset_errors
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,9 @@ class Recipe:
     folds: int
 
 
-PAPER = TrainConfig(preserve_white=False, batch_size=128, learning_rate=0.001, iterations=800)
+PAPER = TrainConfig(
+    preserve_white=False, contrast_jitter=0, darkness_jitter=0, batch_size=128, learning_rate=0.001, iterations=800
+)
 RECIPES = {f"camelyon17-center{center}": Recipe(center, TrainConfig(), folds=6) for center in CENTERS}
 RECIPES["camelyon17-paper"] = Recipe(0, PAPER, folds=2)
 # The labs of CAMELYON16 that are centers of CAMELYON17; only tiles whose names say where they come from.
@@ -122,12 +124,10 @@ def summarize(errors: dict[str, Tensor]) -> dict[str, Any]:
     """Figures for the metadata from the errors of each image."""
     by_shift = torch.stack(list(errors.values()))
     by_image = by_shift.abs().mean(dim=1)
-    a_error, b_error = by_image.mean(dim=0).tolist()
     a_spread, b_spread = by_image.std(dim=0).tolist()
     a_bias, b_bias = by_shift.mean(dim=1).abs().mean(dim=0).tolist()
     return {
-        "summary": f"held-out offset error a* {a_error:.2f}, b* {b_error:.2f} Lab units, n = {len(errors)} images",
-        "held_out_error": {"a": round(a_error, 3), "b": round(b_error, 3)},
+        **error_metrics(by_shift),
         "held_out_error_std_over_images": {"a": round(a_spread, 3), "b": round(b_spread, 3)},
         "held_out_error_same_for_all_shifts": {"a": round(a_bias, 3), "b": round(b_bias, 3)},
         "held_out_error_by_image": {

@@ -22,7 +22,7 @@ from stainnorm_transform import images, weights
 from stainnorm_transform.device import choose_device
 from stainnorm_transform.distributed import rank_and_count
 from stainnorm_transform.estimate import has_tissue, small_copy
-from stainnorm_transform.training import Report, TrainConfig, offset_errors, print_measured, train
+from stainnorm_transform.training import Report, TrainConfig, error_metrics, offset_errors, print_measured, train
 
 # Without --held-out, one image in this many is held out, and at most this many images.
 HELD_OUT_EVERY, HELD_OUT_MOST = 5, 50
@@ -233,12 +233,7 @@ def _metadata(count: int, errors: Tensor | None) -> tuple[dict[str, Any], dict[s
     data = {"summary": f"{count} images", "images": count, "held_out": 0 if errors is None else len(errors)}
     if errors is None:
         return data, {"summary": "held-out error not measured"}
-    a_error, b_error = errors.abs().mean(dim=(0, 1)).tolist()
-    metrics = {
-        "summary": f"held-out offset error a* {a_error:.2f}, b* {b_error:.2f} Lab units, n = {len(errors)} images",
-        "held_out_error": {"a": round(a_error, 3), "b": round(b_error, 3)},
-    }
-    return data, metrics
+    return data, error_metrics(errors)
 
 
 def _compare(name: str, errors: Tensor, held_out: Subset[Tensor]) -> None:

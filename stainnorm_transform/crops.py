@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import PIL.Image
 import torch
-from kornia.color import rgb_to_lab
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from stainnorm_transform.color import check_image
-from stainnorm_transform.estimate import small_copy, tissue_weight
+from stainnorm_transform.color import check_image, rgb_to_lab
+from stainnorm_transform.estimate import tissue_weight, unit_range
 
 if TYPE_CHECKING:
     from stainnorm_transform.training import TrainConfig
@@ -29,7 +29,7 @@ PLACES, IMAGES = 10, 100
 # Batches whose colors identify the images.
 COLOR_BATCHES = 16
 # What random numbers are for.
-IMAGE, PLACE, OFFSETS = range(3)
+IMAGE, PLACE, OFFSETS, JITTER = range(4)
 
 
 class Crop(NamedTuple):
@@ -40,11 +40,19 @@ class Crop(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """``crops`` (N, 3, side, side) in RGB, ``weight`` (N, 1, side, side) of their tissue, ``offset`` (N, 2) in Lab."""
+    """A batch of training examples.
+
+    Attributes:
+        crops: (N, 3, side, side) in RGB.
+        weight: (N, 1, side, side), how much their pixels count.
+        offset: (N, 2), da and db in Lab units.
+        jitter: (N, 2), factors of the contrast of a*, b* and of the darkness.
+    """
 
     crops: Tensor
     weight: Tensor
     offset: Tensor
+    jitter: Tensor
 
 
 def batches(
@@ -76,7 +84,9 @@ def batches(
         whole = DataLoader(_StreamCrops(images, config), batch_size=config.batch_size, generator=torch.Generator())
         loader = (Crop(crops.image[mine], crops.weight[mine]) for crops in itertools.islice(whole, start, None))
     for number, crops in zip(range(start, config.iterations), loader, strict=False):
-        yield Batch(crops.image, crops.weight, stratified_offsets(config, number)[mine])
+        yield Batch(
+            crops.image, crops.weight, stratified_offsets(config, number)[mine], jitter_factors(config, number)[mine]
+        )
 
 
 def crop_colors(images: Any, config: TrainConfig) -> Tensor:
@@ -98,6 +108,12 @@ def stratified_offsets(config: TrainConfig, number: int) -> Tensor:
     strata = torch.stack([torch.randperm(count, generator=generator) for _ in range(2)], dim=1)
     within = torch.rand(count, 2, generator=generator)
     return (2 * (strata + within) / count - 1) * config.max_offset
+
+
+def jitter_factors(config: TrainConfig, number: int) -> Tensor:
+    """Factors of contrast and darkness of batch ``number``, shape (batch_size, 2), log-uniform."""
+    uniform = torch.rand(config.batch_size, 2, generator=_generator(config.seed, JITTER, number))
+    return torch.exp((2 * uniform - 1) * torch.tensor([config.contrast_jitter, config.darkness_jitter]))
 
 
 def each_image(images: Any) -> Iterator[Tensor]:
@@ -220,7 +236,8 @@ def _draw_crop(image: Tensor, config: TrainConfig, generator: torch.Generator) -
         scale = math.exp(low + (high - low) * float(torch.rand((), generator=generator)))
         region = min(round(side * scale), height, width)
         top, left = _randint(height - region + 1, generator), _randint(width - region + 1, generator)
-        crop = small_copy(image[None, :, top : top + region, left : left + region], region / side)
+        crop = unit_range(image[None, :, top : top + region, left : left + region])
+        crop = F.interpolate(crop, size=(side, side), mode="area")
         crop = torch.rot90(crop, _randint(4, generator), dims=(-2, -1))
         crop = crop.flip(-1) if _randint(2, generator) else crop
         weight = tissue_weight(rgb_to_lab(crop))

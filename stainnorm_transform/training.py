@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kornia.color import rgb_to_lab
 from torch import Tensor, nn
 
 from stainnorm_transform import checkpoint as checkpoints
-from stainnorm_transform.color import random_offset, shift_batch
+from stainnorm_transform.color import fade, random_offset, rgb_to_lab, shift_batch
 from stainnorm_transform.crops import Batch, batches, crop_colors, each_image
 from stainnorm_transform.distributed import from_first, mean_over_processes, parallel, rank_and_count
 from stainnorm_transform.estimate import has_tissue, mean_offset, small_copy, sums_of_copies
@@ -37,8 +36,10 @@ class TrainConfig:
     iterations: int = _setting(1600, "batches to train on")
     batch_size: int = _setting(16, "crops in a batch, over all processes")
     crop: int = _setting(32, "side of a crop in pixels, after downsampling")
-    scales: tuple[float, float] = _setting((1.5, 12.0), "area-downsampling of crops, drawn log-uniformly between these")
+    scales: tuple[float, float] = _setting((2.0, 16.0), "area-downsampling of crops, drawn log-uniformly between these")
     max_offset: float = _setting(40.0, "largest shift of a* and b*, in Lab units")
+    contrast_jitter: float = _setting(0.5, "contrast of a* and b* within a crop times up to exp(+-this), at random")
+    darkness_jitter: float = _setting(0.35, "darkness (100 - L*) of a crop times up to exp(+-this), at random")
     preserve_white: bool = _setting(True, "fade shifts out from L* = 60 to 97; without it as in the paper, everywhere")
     learning_rate: float = _setting(0.01, "learning rate of Adam at the peak of its schedule")
     l2_weight: float = _setting(0.1, "lambda in the loss L1 + lambda * L2, per Lab unit")
@@ -52,6 +53,9 @@ class TrainConfig:
                 raise ValueError(f"expected a finite {name} > 0, got {getattr(self, name)}")
         if not 0 <= self.l2_weight < math.inf:
             raise ValueError(f"expected a finite l2_weight >= 0, got {self.l2_weight}")
+        for name in ("contrast_jitter", "darkness_jitter"):
+            if not 0 <= getattr(self, name) <= 2:
+                raise ValueError(f"expected 0 <= {name} <= 2, got {getattr(self, name)}")
         if not 0 < self.min_tissue <= 1:
             raise ValueError(f"expected 0 < min_tissue <= 1, got {self.min_tissue}")
         for name in ("iterations", "batch_size", "crop", "report_every"):
@@ -215,9 +219,9 @@ def warmup_cosine(progress: float) -> float:
 
 def offset_loss(network: nn.Module, batch: Batch, config: TrainConfig) -> Tensor:
     """The self-supervised loss: crops are shifted by the offsets, which the network is to predict."""
-    source = rgb_to_lab(shift_batch(batch.crops, batch.offset, config.preserve_white))
+    shifted = rgb_to_lab(shift_batch(batch.crops, batch.offset, config.preserve_white))
     weight = batch.weight / batch.weight.sum(dim=(-1, -2), keepdim=True).clamp(min=1e-6)
-    error = network(source) - F.pad(batch.offset, (1, 0))[..., None, None]
+    error = network(_jittered(shifted, weight, batch.jitter, config)) - F.pad(batch.offset, (1, 0))[..., None, None]
 
     def l1_l2(error: Tensor) -> Tensor:
         return error.abs() + config.l2_weight * error**2
@@ -225,6 +229,20 @@ def offset_loss(network: nn.Module, batch: Batch, config: TrainConfig) -> Tensor
     of_map = (weight * l1_l2(error)).sum(dim=(-1, -2)).mean()
     of_mean = l1_l2((weight * error).sum(dim=(-1, -2))).mean()
     return of_map + of_mean
+
+
+def _jittered(lab: Tensor, weight: Tensor, jitter: Tensor, config: TrainConfig) -> Tensor:
+    """Lab crops as other labs might stain and scan them, with the mean a*, b* of the tissue kept.
+
+    Labs differ in how dark and how contrasted tissue is; these are no reason to expect another a*, b*.
+    """
+    lightness, color = lab[:, :1], lab[:, 1:]
+    contrast, darkness = jitter[..., None, None, None].unbind(dim=1)
+    share = fade(lightness) if config.preserve_white else torch.ones_like(lightness)
+    weight = weight * share
+    mean = (weight * color).sum(dim=(-1, -2), keepdim=True) / weight.sum(dim=(-1, -2), keepdim=True).clamp(min=1e-6)
+    color = color + share * (contrast - 1) * (color - mean)
+    return torch.cat([(100 - darkness * (100 - lightness)).clamp(min=0), color], dim=1)
 
 
 def offset_errors(
@@ -252,6 +270,15 @@ def offset_errors(
     """
     copies = (_with_tissue(image).to(network.device) for image in each_image(images))
     return _errors_of_copies(network, copies, preserve_white, max_offset, draws)
+
+
+def error_metrics(errors: Tensor) -> dict[str, Any]:
+    """Summary and mean absolute a*, b* of what ``offset_errors`` returned, as metrics of a weights file."""
+    a_error, b_error = errors.abs().mean(dim=(0, 1)).tolist()
+    return {
+        "summary": f"held-out offset error a* {a_error:.2f}, b* {b_error:.2f} Lab units, n = {len(errors)} images",
+        "held_out_error": {"a": round(a_error, 3), "b": round(b_error, 3)},
+    }
 
 
 def _with_tissue(image: Tensor) -> Tensor:

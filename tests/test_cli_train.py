@@ -138,7 +138,15 @@ def test_resume_without_a_checkpoint_starts_and_after_the_end_does_nothing(tiles
 def test_interrupted_by_the_user_and_resumed(tiles, tmp_path):
     out = tmp_path / "lab.safetensors"
     command = [STAINNORM, "train", tiles, "--out", out, *FAST[2:], "--iterations", "400"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ONE_THREAD,
+        # A job in the background is born with SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not process.stdout.readline().startswith("iteration 4:"):
         pass
     process.send_signal(signal.SIGINT)
@@ -193,6 +201,8 @@ def test_every_setting_can_be_given():
         "crop": 40,
         "scales": [2.0, 3.0],
         "max_offset": 12.5,
+        "contrast_jitter": 0.75,
+        "darkness_jitter": 0.1,
         "preserve_white": False,
         "learning_rate": 0.5,
         "l2_weight": 0.25,

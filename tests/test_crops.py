@@ -81,7 +81,10 @@ def test_crops_offsets_and_weights(tiles):
         assert batch.crops.shape == (8, 3, 32, 32)
         assert batch.crops.dtype == torch.float32
         assert batch.weight.shape == (8, 1, 32, 32)
-        assert batch.offset.shape == (8, 2)
+        assert batch.offset.shape == batch.jitter.shape == (8, 2)
+        limits = torch.tensor([CONFIG.contrast_jitter, CONFIG.darkness_jitter])
+        assert (batch.jitter.log().abs() <= limits + 1e-6).all()
+        assert (batch.jitter.std(dim=0) > limits / 4).all()
         lightness = rgb_to_lab(batch.crops)[:, :1]
         assert ((lightness < 88) | (batch.weight == 0)).all()
         assert ((batch.weight > 0).float().mean(dim=(1, 2, 3)) >= CONFIG.min_tissue).all()

@@ -28,7 +28,7 @@ class Constant(ColorNormNet):
 
 def test_loss_is_l1_plus_lambda_l2_of_map_and_mean():
     crops = torch.stack([render_tile(seed) for seed in range(3)]) / 255
-    batch = Batch(crops, tissue_weight(rgb_to_lab(crops)), torch.tensor([[5.0, -7.0]] * 3))
+    batch = Batch(crops, tissue_weight(rgb_to_lab(crops)), torch.tensor([[5.0, -7.0]] * 3), torch.ones(3, 2))
     right = offset_loss(Constant(0.0, 5.0, -7.0), batch, TrainConfig())
     assert right.item() == pytest.approx(0, abs=1e-4)
     wrong = offset_loss(Constant(1.0, 5.0, -3.0), batch, TrainConfig(l2_weight=0.5))
@@ -172,13 +172,37 @@ def test_the_number_of_workers_does_not_change_the_network():
 
 
 def test_paper_recipe_shifts_white_as_well():
-    batch = Batch(torch.ones(1, 3, 16, 16), torch.ones(1, 1, 16, 16), torch.tensor([[10.0, 10.0]]))
+    batch = Batch(torch.ones(1, 3, 16, 16), torch.ones(1, 1, 16, 16), torch.tensor([[10.0, 10.0]]), torch.ones(1, 2))
     for preserve_white, moved in ((True, False), (False, True)):
-        seen = []
-        network = ColorNormNet()
-        network.stem.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
-        offset_loss(network, batch, TrainConfig(preserve_white=preserve_white))
-        assert (seen[0][:, 1:].abs().max() > 0.1) == moved
+        lab = seen_by_the_network(batch, TrainConfig(preserve_white=preserve_white))
+        assert (lab[:, 1:].abs().max() > 0.1) == moved
+
+
+@pytest.mark.parametrize("preserve_white", [True, False])
+def test_jitter_changes_darkness_and_contrast_but_not_the_mean_color_of_the_tissue(preserve_white):
+    config = TrainConfig(preserve_white=preserve_white)
+    crops = torch.stack([render_tile(seed) for seed in range(2)]) / 255
+    weight = tissue_weight(rgb_to_lab(crops))
+    offset = torch.zeros(2, 2)
+    before = seen_by_the_network(Batch(crops, weight, offset, torch.ones(2, 2)), config)
+    after = seen_by_the_network(Batch(crops, weight, offset, torch.tensor([[1.5, 0.8], [0.7, 1.25]])), config)
+    torch.testing.assert_close(before, rgb_to_lab(crops), atol=1e-3, rtol=0)
+    darkness = torch.tensor([0.8, 1.25]).view(2, 1, 1) * (100 - before[:, 0])
+    torch.testing.assert_close(100 - after[:, 0], darkness.clamp(max=100), atol=1e-3, rtol=0)
+    tissue = weight.expand(-1, 2, -1, -1)
+    means = [(tissue * lab[:, 1:]).sum(dim=(-1, -2)) / tissue.sum(dim=(-1, -2)) for lab in (before, after)]
+    torch.testing.assert_close(*means, atol=1e-3, rtol=0)
+    spreads = [lab[:, 1:].amax(dim=(-1, -2)) - lab[:, 1:].amin(dim=(-1, -2)) for lab in (before, after)]
+    assert (spreads[1][0] > spreads[0][0]).all()
+    assert (spreads[1][1] < spreads[0][1]).all()
+
+
+def seen_by_the_network(batch, config):
+    seen = []
+    network = ColorNormNet()
+    network.stem.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    offset_loss(network, batch, config)
+    return seen[0] * network.lab_scale + network.lab_shift
 
 
 def test_workers_cannot_be_fewer_than_none():
@@ -221,6 +245,8 @@ def test_loss_that_is_not_finite_stops_the_run():
         ({"learning_rate": 0}, "finite learning_rate > 0"),
         ({"min_tissue": 2}, "0 < min_tissue <= 1"),
         ({"l2_weight": -1}, "l2_weight >= 0, got -1"),
+        ({"darkness_jitter": -1}, "0 <= darkness_jitter <= 2, got -1"),
+        ({"contrast_jitter": float("inf")}, "0 <= contrast_jitter <= 2, got inf"),
         ({"seed": -1}, "seed from 0 to .*, got -1"),
         ({"seed": 2**63}, "seed from 0 to"),
         ({"iterations": 2.5}, "a whole number iterations >= 1, got 2.5"),
