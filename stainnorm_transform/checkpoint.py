@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from stainnorm_transform.training import TrainConfig
 
 # Raised when a run of an earlier version cannot be continued as it began.
-FORMAT = 1
+FORMAT = 2
 COLORS, METADATA = "colors", "metadata"
 
 

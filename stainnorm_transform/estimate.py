@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
+
 import torch
 import torch.nn.functional as F
-from kornia.color import rgb_to_lab
 from torch import Tensor
 
-from stainnorm_transform.color import one_by_one
+from stainnorm_transform.color import eager_on_cpu, one_by_one, rgb_to_lab
 from stainnorm_transform.network import ColorNormNet
 
-# The network sees an area-downsampled copy: down to this many pixels on the longer side, but by MAX_SCALE at most.
+# Tissue is found on an area-downsampled copy: down to this many pixels on the longer side, but by MAX_SCALE at most.
+# The network sees that copy at half the size.
 COPY_SIDE = 128
-MAX_SCALE = 8.0
+MAX_SCALE = 8
+
+# Large images are read in strips of about this many pixels, so that no copy of the whole is made.
+_STRIP_PIXELS = 1 << 18
 
 # Tissue is neither white glass nor black, ...
 TISSUE_LIGHTNESS = (10.0, 88.0)
@@ -27,17 +34,31 @@ TISSUE_SHARE = 0.02
 DARKNESS_POWER = 2.0
 
 
-def estimate_offset(network: ColorNormNet, image: Tensor) -> Tensor:
+def estimate_offset(network: ColorNormNet, image: Tensor, dense: bool = False) -> Tensor:
     """Estimates how far images are from the network's target: the weighted mean of its map over the tissue.
 
     Args:
         network: a trained ColorNormNet in eval mode.
         image: sRGB, shape (..., 3, H, W), uint8 or floating point in [0, 1]. NaN counts as white.
+        dense: whether the mean is over the map at every pixel: over the copies that begin at each pixel of the first.
 
     Returns:
         (0, a*, b*) in Lab units, shape (..., 3), float32. L* is never moved. Exactly 0 for an image without tissue.
     """
-    return mean_offset(tissue_sums(network, image))
+    if not dense:
+        return mean_offset(tissue_sums(network, image))
+    scale = _scale(image)
+    step = 2 * scale
+    total = torch.zeros(*image.shape[:-3], 3, device=image.device)
+    for corner in itertools.product(*(range(min(math.ceil(step), size)) for size in image.shape[-2:])):
+        # Whole steps, so that every copy has the same scale.
+        bottom, right = (
+            max(round(start + (size - start) // step * step), start + 1)
+            for start, size in zip(corner, image.shape[-2:], strict=True)
+        )
+        window = image[..., corner[0] : bottom, corner[1] : right]
+        total += window.shape[-2] * window.shape[-1] * tissue_sums(network, window, scale)
+    return mean_offset(total)
 
 
 def mean_offset(sums: Tensor) -> Tensor:
@@ -46,11 +67,11 @@ def mean_offset(sums: Tensor) -> Tensor:
     return F.pad(torch.where(weight > 0, values / weight.clamp(min=1e-9), 0), (1, 0))
 
 
-def tissue_sums(network: ColorNormNet, image: Tensor) -> Tensor:
+def tissue_sums(network: ColorNormNet, image: Tensor, scale: float | None = None) -> Tensor:
     """Weighted a* and b* of the map and the weight, as means over each image: (..., 3), all 0 without tissue."""
 
     def one_batch(batch: Tensor) -> Tensor:
-        return sums_of_copies(network, small_copy(batch))
+        return sums_of_copies(network, small_copy(batch, scale))
 
     with torch.autocast(image.device.type, enabled=False):
         return one_by_one(one_batch, image)
@@ -58,10 +79,10 @@ def tissue_sums(network: ColorNormNet, image: Tensor) -> Tensor:
 
 def sums_of_copies(network: ColorNormNet, copies: Tensor) -> Tensor:
     """As ``tissue_sums``, for what ``small_copy`` returned."""
-    lab = rgb_to_lab(copies)
-    weight = tissue_weight(lab)
-    weight = torch.where(_enough(weight), weight, 0)
-    weighted = weight * torch.cat([network(lab)[:, 1:], torch.ones_like(weight)], dim=1)
+    weight = tissue_weight(rgb_to_lab(copies))
+    weight = _area_mean(weight * _enough(weight), 2)
+    offsets = network(rgb_to_lab(_area_mean(copies, 2)))[:, 1:]
+    weighted = weight * torch.cat([offsets, torch.ones_like(weight)], dim=1)
     # The order of a float64 sum does not show in float32; mps has none.
     precise = weighted if weighted.device.type == "mps" else weighted.double()
     return precise.mean(dim=(-1, -2)).float()
@@ -77,16 +98,49 @@ def _enough(weight: Tensor) -> Tensor:
 
 
 def small_copy(image: Tensor, scale: float | None = None) -> Tensor:
-    """Float32 copy of (N, 3, H, W), smaller by ``scale``, each pixel the mean over its area."""
-    height, width = image.shape[-2:]
-    if scale is None:
-        scale = min(max(height, width, COPY_SIDE) / COPY_SIDE, MAX_SCALE)
-    size = (max(1, round(height / scale)), max(1, round(width / scale)))
-    copy = image.float()
+    """Float32 copy of (N, 3, H, W) in [0, 1], smaller by ``scale``, each pixel the mean over its area."""
+    return _area_mean(image, scale or _scale(image))
+
+
+def unit_range(image: Tensor) -> Tensor:
+    """Float32 in [0, 1], without NaN."""
     if image.is_floating_point():
-        copy = torch.nan_to_num(copy, nan=1.0, posinf=1.0, neginf=0.0).clamp(0, 1)
-    copy = F.interpolate(copy, size=size, mode="area") if size != (height, width) else copy
-    return copy if image.is_floating_point() else copy / 255
+        return torch.nan_to_num(image.float(), nan=1.0, posinf=1.0, neginf=0.0).clamp(0, 1)
+    return image.float() / 255
+
+
+def _scale(image: Tensor) -> float:
+    height, width = image.shape[-2:]
+    # By comparison first: for sizes that are symbols, a minimum of quotients is slow to reason about.
+    if height >= MAX_SCALE * COPY_SIDE or width >= MAX_SCALE * COPY_SIDE:
+        return MAX_SCALE
+    return max(height, width, COPY_SIDE) / COPY_SIDE
+
+
+def _area_mean(image: Tensor, scale: float) -> Tensor:
+    size = tuple(max(1, round(length / scale)) for length in image.shape[-2:])
+    whole = scale == int(scale) and tuple(int(scale) * length for length in size) == tuple(image.shape[-2:])
+    if scale == MAX_SCALE or (whole and eager_on_cpu(image)):
+        return _block_mean(image, int(scale))
+    return F.interpolate(unit_range(image), size=size, mode="area")
+
+
+def _block_mean(image: Tensor, block: int) -> Tensor:
+    """``_area_mean`` of whole blocks, several times as fast on the CPU; what is no whole block is left out."""
+    height, width = (block if length >= block else length for length in image.shape[-2:])
+    image = image[..., : image.shape[-2] // height * height, : image.shape[-1] // width * width]
+
+    def mean(strip: Tensor) -> Tensor:
+        # int16 holds the sum of a block of MAX_SCALE.
+        total = unit_range(strip) if strip.is_floating_point() else strip.short()
+        total = functools.reduce(torch.add, torch.unflatten(total, -2, (-1, height)).unbind(-2))
+        total = functools.reduce(torch.add, torch.unflatten(total, -1, (-1, width)).unbind(-1))
+        return total.float() / (height * width * (1 if strip.is_floating_point() else 255))
+
+    if not eager_on_cpu(image):
+        return mean(image)
+    strips = torch.split(image, height * max(1, _STRIP_PIXELS // (height * image.shape[-1])), dim=-2)
+    return torch.cat([mean(strip) for strip in strips], dim=-2)
 
 
 def tissue_weight(lab: Tensor) -> Tensor:
@@ -94,14 +148,17 @@ def tissue_weight(lab: Tensor) -> Tensor:
 
     Tissue counts the more the darker it is; glass, black, grey and pen count nothing.
     """
-    lightness, chroma = lab[:, :1], lab[:, 1:].norm(dim=1, keepdim=True)
-    texture = _box_mean((lightness - _box_mean(lightness, 3)).abs(), 9)
-    darkness = _box_mean(100 - lightness, 9)
+    lightness, chroma = lab[:, :1], lab[:, 1:2] ** 2 + lab[:, 2:] ** 2
+    local_mean = _box_sum(lightness, 3) / _box_sum(torch.ones_like(lightness), 3)
+    textured = _box_sum((lightness - local_mean).abs() - TISSUE_TEXTURE * (100 - lightness), 9) > 0
     low, high = TISSUE_LIGHTNESS
-    tissue = (lightness > low) & (chroma > TISSUE_CHROMA) & (texture > TISSUE_TEXTURE * darkness)
+    tissue = (lightness > low) & (chroma > TISSUE_CHROMA**2) & textured
     return tissue * ((high - lightness) / (high - low)).clamp(0, 1) ** DARKNESS_POWER
 
 
-def _box_mean(image: Tensor, size: int) -> Tensor:
-    mean: Tensor = F.avg_pool2d(image, size, stride=1, padding=size // 2, count_include_pad=False)
-    return mean
+def _box_sum(image: Tensor, size: int) -> Tensor:
+    total = F.pad(image, [size // 2] * 4)
+    for dim in (-2, -1):
+        windows = (total.narrow(dim, start, image.shape[dim]) for start in range(size))
+        total = functools.reduce(torch.add, windows)
+    return total

@@ -10,6 +10,7 @@ from typing import Any
 
 import PIL.Image
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.ops import FrozenBatchNorm2d
@@ -17,7 +18,15 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from stainnorm_transform import weights as weights_files
-from stainnorm_transform.color import check_image, random_offset, shift_ab
+from stainnorm_transform.color import (
+    TABLE_SIZE,
+    check_image,
+    eager_on_cpu,
+    look_up,
+    random_offset,
+    shift_ab,
+    shift_table,
+)
 from stainnorm_transform.estimate import estimate_offset, mean_offset, tissue_sums
 from stainnorm_transform.network import ColorNormNet
 
@@ -46,9 +55,12 @@ class NormalizeStain(_ImageTransform):
     output has the kind, dtype, shape, device and memory format of the input. L* stays where the shifted color exists
     in sRGB. An image without tissue comes back unchanged, and with ``preserve_white`` so does white glass.
 
-    Every image has its own offset, unless ``offset`` or ``for_slide`` fixes one for all. The network is a frozen copy,
-    float32, all buffers and no parameters: training, unfreezing, ``apply``, ``half`` and autocast of the model around
-    it do not change it. Gradients reach the input.
+    Every image has its own offset, unless ``offset`` or ``for_slide`` fixes one for all; after 2**24 pixels, uint8 images
+    on the CPU then go through a table of all colors: the same result, several times as fast, for 64 MiB and half a second
+    in each process.
+
+    The network is a frozen copy, float32, all buffers and no parameters: training, unfreezing, ``apply``, ``half`` and
+    autocast of the model around it do not change it. Gradients reach the input.
 
     Args:
         network: a trained ColorNormNet, which is copied.
@@ -92,6 +104,9 @@ class NormalizeStain(_ImageTransform):
         self.target = target
         self.recipe = recipe
         self.register_buffer("offset", offset)
+        self._table: Tensor | None = None
+        self._table_key: tuple[float, ...] = ()
+        self._pixels = 0
         self.eval()
 
     @classmethod
@@ -106,12 +121,18 @@ class NormalizeStain(_ImageTransform):
         recipe = ", ".join(f"{key}={value}" for key, value in loaded.config.items() if key != "preserve_white")
         return cls(loaded.network, loaded.config["preserve_white"], target=loaded.target, recipe=recipe)
 
-    def estimate_offset(self, images: Tensor | PIL.Image.Image) -> Tensor:
-        """The offsets that normalizing takes away: (0, a*, b*) in Lab units, (..., 3) for images (..., 3, H, W)."""
+    def estimate_offset(self, images: Tensor | PIL.Image.Image, dense: bool = False) -> Tensor:
+        """The offsets that normalizing takes away: (0, a*, b*) in Lab units, (..., 3) for images (..., 3, H, W).
+
+        Args:
+            images: as for a call.
+            dense: whether the network's map is averaged over every pixel, as in the paper, rather than over those of a
+                small copy. It costs up to 256 times as much, for a difference that is seldom seen.
+        """
         image = _to_tensor(images)
         if self.offset is not None:
             return self.offset.repeat(*image.shape[:-3], 1)
-        return estimate_offset(self.network, image)
+        return estimate_offset(self.network, image, dense)
 
     @torch.no_grad()
     def for_slide(self, tiles: Iterable[Tensor | PIL.Image.Image]) -> NormalizeStain:
@@ -147,9 +168,25 @@ class NormalizeStain(_ImageTransform):
         return _like(inpt, self._normalize)
 
     def _normalize(self, image: Tensor) -> Tensor:
-        offset = self.estimate_offset(image)[..., 1:]
-        unmoved = (offset == 0).all(dim=-1)[..., None, None, None]
-        return torch.where(unmoved, image, shift_ab(image, -offset, self.preserve_white))
+        table = self._table_for(image)
+        if table is not None:
+            return look_up(image, table)
+        return shift_ab(image, -self.estimate_offset(image)[..., 1:], self.preserve_white)
+
+    def _table_for(self, image: Tensor) -> Tensor | None:
+        """The table of all colors for a fixed offset, made once as many pixels have come as it has entries."""
+        if self.offset is None or image.dtype != torch.uint8 or not eager_on_cpu(image):
+            return None
+        key = (*self.offset.tolist(), self.preserve_white)
+        if key != self._table_key:
+            self._table, self._table_key, self._pixels = None, key, 0
+        self._pixels += image.numel() // 3
+        if self._table is None and self._pixels > TABLE_SIZE:
+            self._table = shift_table(-self.offset[1:].cpu(), self.preserve_white)
+        return self._table
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_table": None}
 
     def train(self, mode: bool = True) -> NormalizeStain:
         """Stays in eval mode, whatever ``mode``."""
@@ -219,13 +256,19 @@ def _frozen(network: ColorNormNet) -> ColorNormNet:
     for module in list(network.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.BatchNorm2d):
-                frozen = FrozenBatchNorm2d(child.num_features, child.eps)
+                frozen = _FrozenBatchNorm(child.num_features, child.eps)
                 frozen.load_state_dict(child.state_dict())
-                setattr(module, name, frozen.float())
+                setattr(module, name, frozen)
         for name, parameter in list(module.named_parameters(recurse=False)):
             delattr(module, name)
             module.register_buffer(name, parameter.detach())
     return network
+
+
+class _FrozenBatchNorm(FrozenBatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        # One pass, several times as fast as the original, and as fast as a scale and a shift that were folded before.
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
 def _leading_shape(inpt: Any) -> torch.Size:

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import skimage.color
@@ -6,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kornia.color import lab_to_rgb, rgb_to_lab
 
-from stainnorm_transform.color import random_offset, shift_ab
+from stainnorm_transform import color
+from stainnorm_transform.color import look_up, random_offset, shift_ab, shift_batch, shift_table
 
 OFFSETS = [(50, 50), (-50, 50), (50, -50), (-50, -50), (50, 0), (0, -50), (12.5, -24.2), (0.5, 0.25)]
 BOTH = pytest.mark.parametrize("preserve_white", [True, False])
@@ -30,6 +33,8 @@ def test_agrees_with_kornia_over_the_cube(offset, preserve_white):
     expected = lab_to_rgb(lab + fade(lab, preserve_white) * torch.tensor([0.0, *offset]).view(3, 1, 1))
     out = shift_ab(image, torch.tensor(offset, dtype=torch.float32), preserve_white)
     torch.testing.assert_close(out, expected, atol=1e-4, rtol=0)
+    assert out.min() >= 0
+    assert out.max() <= 1
 
 
 @BOTH
@@ -49,7 +54,10 @@ def test_agrees_with_scikit_image_over_the_cube(offset, preserve_white):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_zero_offset_is_the_identity(dtype, preserve_white):
     image = rgb_cube(52, dtype)
-    out = shift_ab(image, torch.zeros(2, dtype=dtype), preserve_white)
+    zero = torch.zeros(2, dtype=dtype)
+    assert torch.equal(shift_ab(image, zero, preserve_white), image)
+    assert torch.equal(shift_ab(image.clone().requires_grad_(), zero, preserve_white), image)
+    out = shift_ab(image, torch.full((2,), 1e-14, dtype=dtype), preserve_white)
     torch.testing.assert_close(out, image, atol=1e-5 if dtype == torch.float32 else 1e-13, rtol=0)
 
 
@@ -58,7 +66,7 @@ def test_zero_offset_returns_every_uint8_color():
     for red in range(0, 256, 15):
         green, blue = torch.meshgrid(level, level, indexing="ij")
         image = torch.stack([torch.full_like(green, red), green, blue])
-        assert torch.equal(shift_ab(image, torch.zeros(2)), image)
+        assert torch.equal(shift_ab(image, torch.full((2,), 1e-9)), image)
 
 
 @BOTH
@@ -112,12 +120,110 @@ def test_uint8_is_the_rounded_float_result(tile):
     assert (difference != 0).float().mean() < 1e-3
 
 
-@pytest.mark.parametrize("size", [(97, 63), (600, 401), (1, 1)])
+def resident(name: str) -> int:
+    """Bytes of this process in memory: VmRSS, or the peak VmHWM."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def every_color() -> torch.Tensor:
+    """All uint8 colors: (3, 4096, 4096)."""
+    number = torch.arange(1 << 24, dtype=torch.int32).view(4096, 4096)
+    return torch.stack([number >> 16, number >> 8, number]).to(torch.uint8)
+
+
+@pytest.mark.parametrize(("offset", "preserve_white"), [((-12.5, 24.2), True), ((30.0, -30.0), False)])
+def test_every_uint8_color_is_the_rounded_float64_result(offset, preserve_white):
+    colors, offset = every_color(), torch.tensor(offset)
+    shifted = shift_ab(colors, offset, preserve_white)
+    assert torch.equal(look_up(colors, shift_table(offset, preserve_white)), shifted)
+    wrong = 0
+    for strip, result in zip(colors.split(256, dim=1), shifted.split(256, dim=1), strict=True):
+        exact = shift_ab(strip.double() / 255, offset.double(), preserve_white)
+        difference = (result.int() - (exact * 255).round().int()).abs()
+        assert difference.max() <= 1
+        wrong += int(difference.any(dim=0).sum())
+    assert wrong <= 1e-4 * (1 << 24)
+
+
+def test_looking_up_is_shifting_for_any_layout():
+    offset = torch.tensor([5.0, 7.0])
+    table = shift_table(offset)
+    images = torch.randint(0, 256, (2, 2, 3, 37, 53), dtype=torch.uint8)
+    for image in (images, images[0, 0], images[:, 0].to(memory_format=torch.channels_last), images[..., ::2, ::3]):
+        assert torch.equal(look_up(image, table), shift_ab(image, offset))
+    image = images[0].to(memory_format=torch.channels_last)
+    assert look_up(image, table).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_with_scratch_memory_and_without_the_result_is_the_same():
+    image, offset = torch.rand(3, 50, 60), torch.tensor([9.0, -20.0])
+    with_gradient = shift_ab(image.clone().requires_grad_(), offset)
+    torch.testing.assert_close(with_gradient.detach(), shift_ab(image, offset), atol=1e-5, rtol=0)
+    torch.testing.assert_close(shift_batch(image, offset, True), shift_ab(image, offset), atol=1e-5, rtol=0)
+
+
+def test_what_runs_on_cuda_is_the_same_and_so_is_its_fallback(monkeypatch):
+    images = torch.rand(2, 3, 3, 40, 50)
+    offsets = torch.tensor([[9.0, -20.0], [0.0, 0.0], [-30.0, 4.0]]).expand(2, 3, 2)
+    expected = shift_ab(images, offsets)
+    # Inductor, the usual backend, takes most of a minute.
+    compiled = torch.compile(color._at_once, dynamic=True, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(color, "_kernel", compiled)
+    for batch, rows in ((images, offsets), (images[0], offsets[0]), (images[0, 1, :, :20], offsets[0, 1])):
+        torch.testing.assert_close(color._in_one_kernel(batch, rows, True), shift_ab(batch, rows), atol=1e-5, rtol=0)
+    assert torch.equal(color._in_one_kernel(images, offsets, True)[:, 1], images[:, 1])
+
+    tried = []
+
+    def broken(*_):
+        tried.append(1)
+        raise torch._dynamo.exc.BackendCompilerFailed(broken, RuntimeError("no compiler"), None)
+
+    monkeypatch.setattr(color, "_kernel", broken)
+    with pytest.warns(UserWarning, match="cannot be compiled"):
+        torch.testing.assert_close(color._in_one_kernel(images, offsets, True), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(color._in_one_kernel(images, offsets, True), expected, atol=1e-5, rtol=0)
+    assert len(tried) == 1
+
+
+def test_running_out_of_memory_on_cuda_is_no_failure_to_compile(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(color, "_kernel", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        color._in_one_kernel(torch.rand(3, 4, 4), torch.ones(2), True)
+    assert color._kernel is full
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-def test_a_batch_equals_its_images_to_the_last_bit(size, dtype):
+def test_memory_is_at_most_twice_that_of_the_image(dtype):
+    image = torch.zeros(3, 4096, 4096, dtype=dtype).add_(1 if dtype == torch.uint8 else 0.5)
+    shift_ab(image[:, :64], torch.ones(2))
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    out = shift_ab(image, torch.ones(2))
+    assert resident("VmHWM") - before < 2 * image.nbytes + 20e6
+    assert out.shape == image.shape
+
+
+def test_lab_agrees_with_kornia_and_scikit_image():
+    image = rgb_cube(32, torch.float64)
+    torch.testing.assert_close(color.rgb_to_lab(image), rgb_to_lab(image), atol=1e-3, rtol=0)
+    expected = skimage.color.rgb2lab(image.numpy(), channel_axis=0)
+    np.testing.assert_allclose(color.rgb_to_lab(image).numpy(), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [(97, 63), (600, 401), (1, 1)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64])
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_batch_equals_its_images_to_the_last_bit(size, dtype, gradient, layout):
     images = torch.rand(5, 3, *size)
-    images = (images * 255).to(torch.uint8) if dtype == torch.uint8 else images
-    offsets = random_offset((5,), 30.0)
+    images = ((images * 255) if dtype == torch.uint8 else images).to(dtype).to(memory_format=layout)
+    offsets = random_offset((5,), 30.0).requires_grad_(gradient)
     single = [shift_ab(image, offset) for image, offset in zip(images, offsets, strict=True)]
     assert torch.equal(shift_ab(images, offsets), torch.stack(single))
 

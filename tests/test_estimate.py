@@ -5,7 +5,7 @@ from kornia.color import rgb_to_lab
 from render_tiles import render_tile
 
 from stainnorm_transform import ColorNormNet, NormalizeStain
-from stainnorm_transform.estimate import small_copy, tissue_weight
+from stainnorm_transform.estimate import mean_offset, small_copy, tissue_sums, tissue_weight
 
 NO_TISSUE = [
     "no-tissue.png",
@@ -65,12 +65,12 @@ def test_the_mean_is_over_the_tissue(tile):
             column = torch.arange(lab.shape[-1]).float().expand_as(lab[:, :1])
             return torch.cat([torch.zeros_like(column), column, lab[:, :1]], dim=1)
 
-    lab = rgb_to_lab(tile[None] / 255)
-    weight = tissue_weight(lab)[0, 0].double()
-    expected = [
-        (weight * torch.arange(128)).sum() / weight.sum(),
-        (weight * lab[0, 0]).sum() / weight.sum(),
-    ]
+    def halves(image):
+        return image.unflatten(-1, (64, 2)).unflatten(-3, (64, 2)).mean(dim=(-1, -3))
+
+    weight = halves(tissue_weight(rgb_to_lab(tile[None] / 255))[0, 0].double())
+    lightness = rgb_to_lab(halves(tile / 255))[0]
+    expected = [(weight * torch.arange(64)).sum() / weight.sum(), (weight * lightness).sum() / weight.sum()]
     estimate = NormalizeStain(Ramp()).estimate_offset(tile)
     torch.testing.assert_close(estimate[1:].double(), torch.stack(expected), atol=1e-4, rtol=0)
     assert estimate[0] == 0
@@ -84,6 +84,54 @@ def test_large_images_are_seen_as_small_copies():
     blocks = torch.rand(1, 3, 256, 256)
     expected = blocks.reshape(1, 3, 128, 2, 128, 2).mean(dim=(3, 5))
     torch.testing.assert_close(small_copy(blocks), expected)
+    odd = torch.rand(1, 3, 200, 300)
+    expected = torch.nn.functional.interpolate(odd, size=(85, 128), mode="area")
+    torch.testing.assert_close(small_copy(odd), expected)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (256, 256), (300, 200), (1100, 1030)])
+def test_bytes_and_floats_give_the_same_copy(size):
+    image = torch.randint(0, 256, (1, 3, *size), dtype=torch.uint8)
+    torch.testing.assert_close(small_copy(image), small_copy(image / 255), atol=1e-6, rtol=0)
+
+
+def test_the_estimate_is_close_to_the_dense_one(data):
+    normalize = NormalizeStain.pretrained()
+    differences = []
+    for center in range(5):
+        for path in sorted((data / "camelyon17" / f"center_{center}").glob("tile*"))[:2]:
+            image = read(path)
+            difference = normalize.estimate_offset(image) - normalize.estimate_offset(image, dense=True)
+            differences.append(float(difference.norm()))
+    assert max(differences) < 0.3
+    assert max(differences) > 0
+
+
+@pytest.mark.parametrize(("size", "step"), [((64, 64), 2), ((256, 64), 4)])
+def test_the_dense_estimate_begins_copies_at_every_pixel(size, step):
+    network = ColorNormNet().eval()
+    image = render_tile(3, 256)[:, : size[0], : size[1]]
+    sums = 0
+    for top in range(step):
+        for left in range(step):
+            window = image[:, top:, left:]
+            window = window[:, : window.shape[1] // step * step, : window.shape[2] // step * step]
+            sums += window[0].numel() * tissue_sums(network, window, step // 2)
+    expected = mean_offset(sums)
+    assert expected[1:].ne(0).all()
+    torch.testing.assert_close(NormalizeStain(network).estimate_offset(image, dense=True), expected)
+
+
+def test_the_estimate_does_not_jump_by_one_more_pixel(data):
+    """The scale of the copy grows with the image up to 1024 pixels."""
+    normalize = NormalizeStain.pretrained()
+    for path in sorted((data / "camelyon17/center_2").glob("tile*"))[:3]:
+        tile = read(path)
+        rows = torch.cat([tile, tile.flip(-1)], dim=-1)
+        image = torch.cat([rows, rows.flip(-2)], dim=-2)
+        for size in (256, 512, 1024):
+            before, after = (normalize.estimate_offset(image[:, :side, :side]) for side in (size, size + 1))
+            assert (before - after).norm() < 0.5, (path, size)
 
 
 def test_nan_counts_as_glass(random_normalize):

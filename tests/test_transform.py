@@ -19,6 +19,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from stainnorm_transform import ColorNormNet, NormalizeStain, PerturbStain
+from stainnorm_transform import transform as transform_module
 from stainnorm_transform.color import shift_ab
 
 KINDS = ["NormalizeStain", "fixed offset", "PerturbStain"]
@@ -234,8 +235,12 @@ def test_compiles_without_graph_break(random_normalize, tile):
     model = nn.Sequential(random_normalize, nn.Conv2d(3, 4, 3))
     image = (tile / 255).expand(2, -1, -1, -1)
     torch._dynamo.reset()
-    out = torch.compile(model, fullgraph=True, backend="eager")(image)
-    torch.testing.assert_close(out, model(image), atol=1e-4, rtol=0)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(image), model(image), atol=1e-4, rtol=0)
+    # Sizes are symbols from the second size on.
+    for size in (300, 400, 1200):
+        other = torch.rand(2, 3, size, size + 1)
+        torch.testing.assert_close(compiled(other), model(other), atol=1e-4, rtol=0)
 
 
 def test_for_slide_is_one_offset_for_all(random_normalize):
@@ -251,6 +256,26 @@ def test_for_slide_is_one_offset_for_all(random_normalize):
     assert torch.equal(slide(wide), halves)
     same = random_normalize.for_slide(torch.stack([tiles[1]] * 3))
     torch.testing.assert_close(same.offset, random_normalize.estimate_offset(tiles[1]))
+
+
+def test_a_fixed_offset_soon_has_a_table_and_nothing_else_changes(monkeypatch, tile):
+    monkeypatch.setattr(transform_module, "TABLE_SIZE", 20_000)
+    slide = NormalizeStain(ColorNormNet(), offset=torch.tensor([0.0, 25.0, -25.0]))
+    expected = slide(tile)
+    assert slide._table is None
+    assert torch.equal(slide(tile), expected)
+    assert slide._table is not None
+    torch.testing.assert_close(slide(tile / 255), expected / 255, atol=0.6 / 255, rtol=0)
+    assert torch.equal(pil_to_tensor(slide(to_pil_image(tile))), expected)
+    assert len(pickle.dumps(slide)) < 50_000
+    assert torch.equal(copy.deepcopy(slide)(tile), expected)
+    assert not any(tensor.numel() > 1000 for tensor in slide.state_dict().values())
+    for change in (lambda: slide.load_state_dict(other.state_dict()), lambda: setattr(slide, "preserve_white", False)):
+        other = NormalizeStain(ColorNormNet(), slide.preserve_white, offset=torch.tensor([0.0, -15.0, 25.0]))
+        change()
+        other.preserve_white = slide.preserve_white
+        for _ in range(3):
+            assert torch.equal(slide(tile), other(tile))
 
 
 def test_for_slide_wants_tiles(random_normalize):
