@@ -147,7 +147,7 @@ def damage(kind: str, good: bytes) -> bytes:
         ("unknown fields", "ColorNormNet"),
         ("no recipe", "ColorNormNet"),
         ("no dictionary", "ColorNormNet"),
-        ("older format", r"has format 0, this version of the package reads 1: train it again"),
+        ("older format", r"has format 0, this version of the package reads 2: train it again"),
     ],
 )
 def test_damaged_files(tmp_path, kind, message):

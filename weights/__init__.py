@@ -26,16 +26,16 @@ ALIASES = {"camelyon17": "camelyon17-center1"}
 METADATA_KEY = "stainnorm_transform"
 MAX_BYTES = 1_000_000
 # What networks were trained with outside of their config: the color shift, tissue and scales. Raised when these change.
-FORMAT = 1
+FORMAT = 2
 
 # Shipped weights, NAME.safetensors beside this file: name -> sha256.
 SHA256 = {
-    "camelyon17-center0": "d754bdb157830f4cfc520e6f999de7aa833c0c098fb2a77e3186dcacd6fed100",
-    "camelyon17-center1": "702f829fda45e4ce50a524cd27eba5bcab617067413dec634956cffc9281431d",
-    "camelyon17-center2": "fea1dd44f1036c7880a2fe400fa04e19069723c8c20e5d10a9c01252a451655a",
-    "camelyon17-center3": "f7008a16e8ede6f18a68ed61be00c0d2c5978a5f52209f094d79b1f2c5f8b0bd",
-    "camelyon17-center4": "f7780be6332571903fc7fb1736cbbb72f22879a2d278814b5ab8d546723ea41b",
-    "camelyon17-paper": "79103d401b0e3ce5c6c0e5e47bd4e418d915dede7c7cbd758014d83e41b9505b",
+    "camelyon17-center0": "e2d66b90da53b124ec87aab452eb0393290cc44e12d17c7ed8df720a5ccc2b5d",
+    "camelyon17-center1": "76bf701b2672323bbb1cc4017329862dd7193014f74bcfcefe0019d7f7b5e1c3",
+    "camelyon17-center2": "a23f9ae931f3df75b486edd0b5fe5d0d7abdd2bdd99956dcc869fd0dc85d58bd",
+    "camelyon17-center3": "220301fc291a65546b57c6cc26dc33f1ed1a5f06c3d6ff40e952df00a3c5e1a5",
+    "camelyon17-center4": "4eafb9902303eb6086f7d33cab458e61a8d80804f87aae72d61f2e08d557f742",
+    "camelyon17-paper": "c3d7624d173a259d548822069b11bea72241ce341d9ad2d5fd7fe3b1da736cad",
 }
 
 
