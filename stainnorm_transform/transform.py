@@ -56,8 +56,8 @@ class NormalizeStain(_ImageTransform):
     in sRGB. An image without tissue comes back unchanged, and with ``preserve_white`` so does white glass.
 
     Every image has its own offset, unless ``offset`` or ``for_slide`` fixes one for all. Then, after 2**24 pixels,
-    uint8 images on the CPU go through a table of all colors: the same result, several times as fast, for 64 MiB and half
-    a second in each process.
+    uint8 images on the CPU go through a table of all colors: the same result, several times as fast, for 64 MiB and
+    half a second in each process.
 
     The network is a frozen copy, float32, all buffers and no parameters: training, unfreezing, ``apply``, ``half`` and
     autocast of the model around it do not change it. Gradients reach the input.
