@@ -47,17 +47,13 @@ def estimate_offset(network: ColorNormNet, image: Tensor, dense: bool = False) -
     """
     if not dense:
         return mean_offset(tissue_sums(network, image))
-    scale = _scale(image)
-    step = 2 * scale
+    side = _side(image)
+    corners = (range(min(-(-2 * side // COPY_SIDE), length)) for length in image.shape[-2:])
     total = torch.zeros(*image.shape[:-3], 3, device=image.device)
-    for corner in itertools.product(*(range(min(math.ceil(step), size)) for size in image.shape[-2:])):
-        # Whole steps, so that every copy has the same scale.
-        bottom, right = (
-            max(round(start + (size - start) // step * step), start + 1)
-            for start, size in zip(corner, image.shape[-2:], strict=True)
-        )
-        window = image[..., corner[0] : bottom, corner[1] : right]
-        total += window.shape[-2] * window.shape[-1] * tissue_sums(network, window, scale)
+    for top, left in itertools.product(*corners):
+        window = image[..., top:, left:]
+        pixels = math.prod(_length(_length(length, side, COPY_SIDE), 2) for length in window.shape[-2:])
+        total += pixels * tissue_sums(network, window, side)
     return mean_offset(total)
 
 
@@ -67,11 +63,14 @@ def mean_offset(sums: Tensor) -> Tensor:
     return F.pad(torch.where(weight > 0, values / weight.clamp(min=1e-9), 0), (1, 0))
 
 
-def tissue_sums(network: ColorNormNet, image: Tensor, scale: float | None = None) -> Tensor:
-    """Weighted a* and b* of the map and the weight, as means over each image: (..., 3), all 0 without tissue."""
+def tissue_sums(network: ColorNormNet, image: Tensor, side: int | None = None) -> Tensor:
+    """Weighted a* and b* of the map and the weight, as means over each image: (..., 3), all 0 without tissue.
+
+    ``side`` is for ``small_copy``.
+    """
 
     def one_batch(batch: Tensor) -> Tensor:
-        return sums_of_copies(network, small_copy(batch, scale))
+        return sums_of_copies(network, small_copy(batch, side))
 
     with torch.autocast(image.device.type, enabled=False):
         return one_by_one(one_batch, image)
@@ -97,9 +96,9 @@ def _enough(weight: Tensor) -> Tensor:
     return (weight > 0).float().mean(dim=(-1, -2), keepdim=True) >= TISSUE_SHARE
 
 
-def small_copy(image: Tensor, scale: float | None = None) -> Tensor:
-    """Float32 copy of (N, 3, H, W) in [0, 1], smaller by ``scale``, each pixel the mean over its area."""
-    return _area_mean(image, scale or _scale(image))
+def small_copy(image: Tensor, side: int | None = None) -> Tensor:
+    """Float32 copy of (N, 3, H, W) in [0, 1], COPY_SIDE pixels for each ``side`` (default: see ``_side``)."""
+    return _area_mean(image, side or _side(image), COPY_SIDE)
 
 
 def unit_range(image: Tensor) -> Tensor:
@@ -109,25 +108,44 @@ def unit_range(image: Tensor) -> Tensor:
     return image.float() / 255
 
 
-def _scale(image: Tensor) -> float:
-    height, width = image.shape[-2:]
-    # By comparison first: for sizes that are symbols, a minimum of quotients is slow to reason about.
-    if height >= MAX_SCALE * COPY_SIDE or width >= MAX_SCALE * COPY_SIDE:
-        return MAX_SCALE
-    return max(height, width, COPY_SIDE) / COPY_SIDE
+def _side(image: Tensor) -> int:
+    """Length of which COPY_SIDE pixels are made: the longer side of the image, within limits."""
+    # Lengths may be symbols, on which torch.compile and torch.export must not branch.
+    longer = torch.sym_max(*image.shape[-2:])
+    return torch.sym_min(torch.sym_max(longer, COPY_SIDE), COPY_SIDE * MAX_SCALE)  # type: ignore[return-value]
 
 
-def _area_mean(image: Tensor, scale: float) -> Tensor:
-    size = tuple(max(1, round(length / scale)) for length in image.shape[-2:])
-    whole = scale == int(scale) and tuple(int(scale) * length for length in size) == tuple(image.shape[-2:])
-    if scale == MAX_SCALE or (whole and eager_on_cpu(image)):
-        return _block_mean(image, int(scale))
-    return F.interpolate(unit_range(image), size=size, mode="area")
+def _length(length: int, step: int, unit: int = 1) -> int:
+    return torch.sym_max(length * unit // step, 1)  # type: ignore[return-value]
+
+
+def _area_mean(image: Tensor, step: int, unit: int = 1) -> Tensor:
+    """Smaller by ``step / unit``: pixel i is the mean from floor(i step / unit) to ceil((i + 1) step / unit), each way.
+
+    What is left over at the right and the bottom is left out; a side shorter than one step becomes one pixel.
+    """
+    traced = torch.compiler.is_compiling()
+    if not traced and step % unit == 0:
+        return _block_mean(image, step // unit)
+    image = unit_range(image)
+    # More than a window holds do no harm, and their number must be no symbol.
+    taps = step if unit == 1 else MAX_SCALE + 1 if traced else -(-step // unit) + 1
+    for dim, shape in ((-2, (-1, 1)), (-1, (-1,))):
+        length = image.shape[dim]
+        index = torch.arange(_length(length, step, unit), device=image.device)
+        start = index * step // unit
+        end = ((index * step + step + unit - 1) // unit).clamp(max=length)
+        total = image.index_select(dim, start)
+        for tap in range(1, taps):
+            inside = (start + tap < end).view(shape)
+            total = total + image.index_select(dim, (start + tap).clamp(max=length - 1)) * inside
+        image = total / (end - start).view(shape)
+    return image
 
 
 def _block_mean(image: Tensor, block: int) -> Tensor:
-    """``_area_mean`` of whole blocks, several times as fast on the CPU; what is no whole block is left out."""
-    height, width = (block if length >= block else length for length in image.shape[-2:])
+    """``_area_mean`` for whole steps, several times as fast on the CPU."""
+    height, width = (min(block, length) for length in image.shape[-2:])
     image = image[..., : image.shape[-2] // height * height, : image.shape[-1] // width * width]
 
     def mean(strip: Tensor) -> Tensor:
