@@ -202,7 +202,7 @@ def fade(lightness: Tensor, out: Tensor | None = None) -> Tensor:
 
 def random_offset(shape: Sequence[int], max_offset: float, generator: torch.Generator | None = None) -> Tensor:
     """(da, db) uniform in [-max_offset, max_offset], independently: shape (*shape, 2)."""
-    return (2 * torch.rand(*shape, 2, generator=generator) - 1) * max_offset
+    return (2 * torch.rand(*shape, 2, generator=generator, dtype=torch.float32) - 1) * max_offset
 
 
 def check_image(image: Tensor) -> None:

@@ -1,0 +1,247 @@
+"""One table of contracts: every operation on every kind of input, in every context where layers are put."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from PIL import Image
+from render_tiles import render_tile
+from torch import nn
+from torchvision import tv_tensors
+from torchvision.transforms.v2.functional import to_pil_image
+
+from stainnorm_transform import ColorNormNet, NormalizeStain, PerturbStain
+from stainnorm_transform.color import shift_ab
+
+
+def uint8(count: int = 3) -> torch.Tensor:
+    """Tiles whose offsets differ, one of them blank: (count, 3, 64, 48)."""
+    tiles = torch.stack([render_tile(seed, 64)[..., :48] for seed in range(count)])
+    tiles[1:2] = 255
+    return tiles
+
+
+def pil() -> Image.Image:
+    image = to_pil_image(uint8()[0])
+    image.info.update(dpi=(300, 300), icc_profile=b"profile", comment="kept")
+    return image
+
+
+INPUTS = {
+    "PIL": pil,
+    "uint8": lambda: uint8(),
+    "float16": lambda: (uint8() / 255).half(),
+    "bfloat16": lambda: (uint8() / 255).bfloat16(),
+    "float32": lambda: uint8() / 255,
+    "float64": lambda: uint8().double() / 255,
+    "tv_tensors.Image": lambda: tv_tensors.Image(uint8()),
+    "tv_tensors.Video": lambda: tv_tensors.Video(uint8() / 255),
+    "channels last": lambda: (uint8() / 255).to(memory_format=torch.channels_last),
+    "channels last, uint8": lambda: uint8().to(memory_format=torch.channels_last),
+    "every second pixel": lambda: torch.stack([render_tile(seed, 128) for seed in range(2)])[..., ::2, ::2],
+    "a view of HWC": lambda: uint8()[0].permute(1, 2, 0).contiguous().permute(2, 0, 1),
+    "expanded": lambda: (uint8()[0] / 255).expand(2, 3, 64, 48),
+    "batch of 0": lambda: uint8()[:0] / 255,
+    "batch of 1": lambda: uint8()[:1],
+    "one image": lambda: uint8()[0] / 255,
+    "5-D": lambda: torch.stack([uint8(2), uint8(2)]),
+    "one pixel": lambda: uint8()[..., :1, :1],
+    "one row": lambda: uint8()[..., :1, :] / 255,
+}
+TENSORS = [name for name in INPUTS if name != "PIL"]
+
+
+def random_network() -> ColorNormNet:
+    torch.manual_seed(0)
+    network = ColorNormNet()
+    with torch.no_grad():
+        network.head.bias.copy_(torch.tensor([0.0, 0.4, -0.3]))
+    return network
+
+
+class Shift(nn.Module):
+    """shift_ab, which has no PIL images."""
+
+    def forward(self, image):
+        return shift_ab(image, torch.tensor([7.0, -9.0]))
+
+
+OPERATIONS = {
+    "NormalizeStain": lambda: NormalizeStain(random_network()),
+    "fixed offset": lambda: NormalizeStain(random_network(), offset=torch.tensor([0.0, -7.0, 9.0])),
+    "uniform": lambda: NormalizeStain(random_network(), preserve_white=False),
+    "PerturbStain": lambda: PerturbStain(20),
+    "shift_ab": Shift,
+}
+ESTIMATING = ["NormalizeStain", "fixed offset", "uniform", "shift_ab"]
+
+
+@pytest.fixture(params=OPERATIONS)
+def operation(request):
+    """An operation, with the same random numbers at every call."""
+    made = OPERATIONS[request.param]()
+
+    def run(image, *, by=made):
+        torch.manual_seed(0)
+        return by(image)
+
+    run.module = made
+    run.name = request.param
+    return run
+
+
+def content(image) -> tuple:
+    """Everything there is to an image, for ==."""
+    if isinstance(image, Image.Image):
+        return image.mode, image.size, image.tobytes(), image.info
+    plain = image.as_subclass(torch.Tensor)
+    return type(image), plain.dtype, plain.shape, plain.device, plain.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_what_comes_out_is_what_went_in_but_for_its_colors(operation, kind):
+    if kind == "PIL" and operation.name == "shift_ab":
+        pytest.skip("tensors only")
+    image = INPUTS[kind]()
+    before = content(image)
+    out = operation(image)
+    assert content(image) == before, "the input was written to"
+    assert content(operation(image)) == content(out), "not deterministic"
+    if operation.name == "shift_ab":  # like any torch function, it makes tensors of tv_tensors
+        assert type(out) is torch.Tensor
+    elif kind != "PIL":
+        assert type(out) is type(image)
+    if kind == "PIL":
+        assert isinstance(out, Image.Image)
+        assert (out.mode, out.size, out.info) == (image.mode, image.size, image.info)
+        return
+    assert (out.dtype, out.shape, out.device) == (image.dtype, image.shape, image.device)
+    assert out.data_ptr() != image.data_ptr() or image.numel() == 0
+    if "channels last" in kind:
+        assert out.is_contiguous(memory_format=torch.channels_last)
+    if kind not in ("batch of 0", "one pixel", "one row"):
+        assert not torch.equal(out, image)
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+@pytest.mark.parametrize("name", ESTIMATING)
+def test_a_batch_is_its_images(name, kind):
+    operation = OPERATIONS[name]()
+    images = INPUTS[kind]().as_subclass(torch.Tensor)
+    flat = images.reshape(-1, *images.shape[-3:])
+    single = [operation(image) for image in flat]
+    assert torch.equal(operation(images).reshape(flat.shape), torch.stack(single) if single else flat)
+
+
+def autocast():
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+class Float64ByDefault:
+    def __enter__(self):
+        torch.set_default_dtype(torch.float64)
+
+    def __exit__(self, *_):
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "context", [torch.inference_mode, torch.no_grad, torch.enable_grad, autocast, Float64ByDefault]
+)
+@pytest.mark.parametrize("kind", ["uint8", "float16", "float32", "float64", "tv_tensors.Image"])
+def test_contexts_change_nothing(operation, kind, context):
+    image = INPUTS[kind]()
+    expected = content(operation(image))
+    torch.manual_seed(0)
+    with context():
+        assert content(operation(image)) == expected
+
+
+def in_training_mode(module):
+    return module.train()
+
+
+def halved(module):
+    return nn.Sequential(copy.deepcopy(module)).half()
+
+
+def doubled(module):
+    return nn.Sequential(copy.deepcopy(module)).double()
+
+
+def pickled(module):
+    return pickle.loads(pickle.dumps(module))
+
+
+def saved_and_loaded(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def restored(module):
+    fresh = copy.deepcopy(module)
+    for buffer in fresh.buffers():
+        buffer.data = torch.zeros_like(buffer)
+    fresh.load_state_dict(module.state_dict(), strict=True)
+    return fresh
+
+
+def moved(module):
+    return module.to("cpu", non_blocking=True).to(memory_format=torch.channels_last)
+
+
+def data_parallel(module):
+    return nn.DataParallel(module)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        in_training_mode, halved, doubled, pickled, copy.copy, copy.deepcopy, saved_and_loaded, restored, moved,
+        data_parallel,
+    ],
+)  # fmt: skip
+def test_what_is_done_to_the_module_changes_nothing(operation, change):
+    image = uint8() / 255
+    expected = operation(image)
+    assert torch.equal(operation(image, by=change(operation.module)), expected)
+
+
+@pytest.mark.parametrize("name", ["NormalizeStain", "fixed offset", "uniform"])
+def test_all_state_is_in_the_state_dict(name):
+    state = OPERATIONS[name]().state_dict()
+    assert sum(tensor.numel() for tensor in state.values()) >= 2352
+    assert all(tensor.is_floating_point() and tensor.dtype == torch.float32 for tensor in state.values())
+
+
+@pytest.mark.parametrize("name", ESTIMATING)
+def test_vmap_is_a_batch(name):
+    operation, images = OPERATIONS[name](), uint8() / 255
+    torch.testing.assert_close(torch.func.vmap(operation)(images), operation(images), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ESTIMATING)
+def test_outputs_go_before_a_layer_that_is_trained(name):
+    model = nn.Sequential(OPERATIONS[name](), nn.Conv2d(3, 2, 3))
+    with torch.inference_mode():
+        model(uint8() / 255)
+    model(uint8() / 255).sum().backward()
+    assert model[1].weight.grad.isfinite().all()
+    assert not list(model[0].parameters())
+
+
+def test_distributed_data_parallel(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = nn.Sequential(NormalizeStain(random_network()), nn.Conv2d(3, 2, 3))
+        expected = model[0](uint8() / 255)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        wrapped.train()(uint8() / 255).sum().backward()
+        assert model[1].weight.grad.isfinite().all()
+        assert torch.equal(wrapped.module[0](uint8() / 255), expected)
+    finally:
+        torch.distributed.destroy_process_group()
