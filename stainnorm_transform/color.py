@@ -95,7 +95,10 @@ def shift_ab(image: Tensor, offset: Tensor, preserve_white: bool = True) -> Tens
         moved = _in_one_kernel(image, offset, preserve_white)
     else:
         moved = one_by_one(functools.partial(_at_once, preserve_white=preserve_white), image, offset)
-    return moved if moved.stride() == image.stride() else torch.empty_like(image).copy_(moved)
+    # vmap cannot write to what it does not map.
+    if moved.stride() == image.stride() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return moved
+    return torch.empty_like(image).copy_(moved)
 
 
 def _in_pieces(image: Tensor, offset: Tensor, preserve_white: bool) -> Tensor:
@@ -119,26 +122,29 @@ def _strips(image: Tensor, out: Tensor, rows: int) -> Iterator[tuple[Tensor, Ten
 
 
 def _at_once(image: Tensor, offset: Tensor, preserve_white: bool) -> Tensor:
-    unmoved = (offset == 0).all(dim=-1)[..., None, None, None]
-    moved = shift_batch(image, offset, preserve_white)
+    # NaN would reach the gradient of the offset, and by it every pixel.
+    holes = image.isnan().any(dim=-3, keepdim=True)
+    moved = shift_batch(torch.where(holes, 1, image), offset, preserve_white)
+    unmoved = (offset == 0).all(dim=-1)[..., None, None, None] | holes
     # The sum is the image, with the gradient of what moved.
-    return torch.where(unmoved, image.detach() + (moved - moved.detach()), moved)
+    moved = torch.where(unmoved, torch.where(holes, 1, image).detach() + (moved - moved.detach()), moved)
+    return torch.where(holes, torch.nan, moved).to(image.dtype) if image.is_floating_point() else moved
 
 
 _kernel: Callable[[Tensor, Tensor, bool], Tensor] | None = None
 
 
+@torch.no_grad()
 def _in_one_kernel(image: Tensor, offset: Tensor, preserve_white: bool) -> Tensor:
-    """``_at_once``, compiled on the first call, for all shapes; as it is, with a warning, where that fails."""
+    """``_at_once``, compiled for each dtype, for one image and for several; as it is, with a warning, if that fails."""
     global _kernel
     count, height, width = math.prod(image.shape[:-3]), *image.shape[-2:]
     pixels, offsets = image.reshape(count, 3, 1, height * width).contiguous(), offset.reshape(count, 2).contiguous()
     try:
         _kernel = _kernel or torch.compile(_at_once, dynamic=True)
-        return _kernel(pixels, offsets, preserve_white).view(image.shape)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as problem:
+        # By .data, as for a view the compiler looks at its base, and compiles again for every shape of that.
+        return _kernel(pixels.data, offsets.data, preserve_white).view(image.shape)
+    except torch._dynamo.exc.TorchDynamoException as problem:
         _kernel = _at_once
         warnings.warn(f"shift_ab is slower than it could be, as it cannot be compiled: {problem}", stacklevel=3)
         return _at_once(image, offset, preserve_white)
@@ -169,7 +175,10 @@ def shift_table(offset: Tensor, preserve_white: bool = True) -> Tensor:
 
 
 def look_up(image: Tensor, table: Tensor) -> Tensor:
-    """``shift_ab`` of uint8 images (..., 3, H, W) on the CPU by ``shift_table``: same result, several times as fast."""
+    """``shift_ab`` of uint8 images (..., 3, H, W) on the CPU by ``shift_table``: several times as fast.
+
+    Equal, but for rare pixels that are rounded to the next level.
+    """
     out = torch.empty_like(image)
     rows = min(max(1, _STRIP_PIXELS // image.shape[-1]), image.shape[-2])
     index = torch.empty(rows, image.shape[-1], dtype=torch.int32, device=image.device)
@@ -209,7 +218,7 @@ def check_image(image: Tensor) -> None:
     """Raises TypeError or ValueError unless ``image`` is uint8 or floating point of shape (..., 3, H, W)."""
     if not isinstance(image, Tensor):
         raise TypeError(f"expected a tensor, got {type(image).__name__}")
-    if image.dtype != torch.uint8 and not image.is_floating_point():
+    if image.dtype not in (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(f"expected uint8 in [0, 255] or floating point in [0, 1], got {image.dtype}")
     if image.ndim < 3 or image.shape[-3] != 3 or 0 in image.shape[-2:]:
         raise ValueError(f"expected an image of shape (..., 3, H, W) with H, W >= 1, got {tuple(image.shape)}")

@@ -49,7 +49,7 @@ def estimate_offset(network: ColorNormNet, image: Tensor, dense: bool = False) -
         return mean_offset(tissue_sums(network, image))
     side = _side(image)
     corners = (range(min(-(-2 * side // COPY_SIDE), length)) for length in image.shape[-2:])
-    total = torch.zeros(*image.shape[:-3], 3, device=image.device)
+    total = torch.zeros(*image.shape[:-3], 3, dtype=torch.float32, device=image.device)
     for top, left in itertools.product(*corners):
         window = image[..., top:, left:]
         pixels = math.prod(_length(_length(length, side, COPY_SIDE), 2) for length in window.shape[-2:])

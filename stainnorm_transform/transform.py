@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -29,6 +30,9 @@ from stainnorm_transform.color import (
 )
 from stainnorm_transform.estimate import estimate_offset, mean_offset, tissue_sums
 from stainnorm_transform.network import ColorNormNet
+
+# Threads that share a transform make its table once.
+_making_a_table = threading.Lock()
 
 
 class _ImageTransform(v2.Transform):
@@ -55,9 +59,9 @@ class NormalizeStain(_ImageTransform):
     output has the kind, dtype, shape, device and memory format of the input. L* stays where the shifted color exists
     in sRGB. An image without tissue comes back unchanged, and with ``preserve_white`` so does white glass.
 
-    Every image has its own offset, unless ``offset`` or ``for_slide`` fixes one for all. Then, after 2**24 pixels,
-    uint8 images on the CPU go through a table of all colors: the same result, several times as fast, for 64 MiB and
-    half a second in each process.
+    Every image has its own offset, unless ``offset`` or ``for_slide`` fixes one for all. Then, from 2**24 pixels on,
+    uint8 images on the CPU go through a table of all colors: the same result but for rare rounding, several times as
+    fast, for 64 MiB and some tenths of a second, once in each process.
 
     The network is a frozen copy, float32, all buffers and no parameters: training, unfreezing, ``apply``, ``half`` and
     autocast of the model around it do not change it. Gradients reach the input.
@@ -149,7 +153,7 @@ class NormalizeStain(_ImageTransform):
             TypeError: something else than images, such as (image, label) pairs.
             ValueError: there are no tiles.
         """
-        total = torch.zeros(3, device=self.network.device)
+        total = torch.zeros(3, dtype=torch.float32, device=self.network.device)
         seen = 0
         for tile in tiles:
             if not isinstance(tile, Tensor | PIL.Image.Image):
@@ -181,8 +185,10 @@ class NormalizeStain(_ImageTransform):
         if key != self._table_key:
             self._table, self._table_key, self._pixels = None, key, 0
         self._pixels += image.numel() // 3
-        if self._table is None and self._pixels > TABLE_SIZE:
-            self._table = shift_table(-self.offset[1:].cpu(), self.preserve_white)
+        if self._table is None and self._pixels >= TABLE_SIZE:
+            with _making_a_table:
+                if self._table is None:
+                    self._table = shift_table(-self.offset[1:].cpu(), self.preserve_white)
         return self._table
 
     def __getstate__(self) -> dict[str, Any]:
@@ -250,6 +256,8 @@ class PerturbStain(_ImageTransform):
         return _like(inpt, perturb)
 
 
+# Tensors made in inference mode could not pass gradients later.
+@torch.inference_mode(False)
 def _frozen(network: ColorNormNet) -> ColorNormNet:
     """A copy in eval mode whose parameters are buffers and whose batch norm has no training mode."""
     network = copy.deepcopy(network).eval().float()
@@ -258,7 +266,7 @@ def _frozen(network: ColorNormNet) -> ColorNormNet:
             if isinstance(child, nn.BatchNorm2d):
                 frozen = _FrozenBatchNorm(child.num_features, child.eps)
                 frozen.load_state_dict(child.state_dict())
-                setattr(module, name, frozen)
+                setattr(module, name, frozen.to(network.lab_scale))
         for name, parameter in list(module.named_parameters(recurse=False)):
             delattr(module, name)
             module.register_buffer(name, parameter.detach())

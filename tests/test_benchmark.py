@@ -1,3 +1,4 @@
+import argparse
 import json
 
 import benchmark
@@ -52,3 +53,16 @@ def test_what_is_compared_does_the_same(tmp_path):
     difference = look_up(levels, shift_table(benchmark.OFFSET, False)).int()
     difference -= benchmark.kornia_shift(levels, benchmark.OFFSET).int()
     assert difference.abs().max() <= 1
+
+
+def test_memory_is_that_of_the_result_for_a_copy(tmp_path):
+    case, options = benchmark.Case("", "copy", 1, 2048), argparse.Namespace(threads=1, data=tmp_path)
+    assert benchmark.peak_memory(case, options) == pytest.approx(3 * 2048**2 / 1e6, rel=0.2)
+
+
+@pytest.mark.parametrize("method", [name for name in benchmark.METHODS if benchmark.available(name)])
+def test_every_method_runs(method, tmp_path):
+    if "compiled" in method:
+        pytest.skip("compiling takes most of a minute")
+    with torch.no_grad():
+        assert benchmark.Case("", method, 1, 64).call(tmp_path)() is not None

@@ -174,6 +174,17 @@ def test_what_runs_on_cuda_is_the_same_and_so_is_its_fallback(monkeypatch):
         torch.testing.assert_close(color._in_one_kernel(batch, rows, True), shift_ab(batch, rows), atol=1e-5, rtol=0)
     assert torch.equal(color._in_one_kernel(images, offsets, True)[:, 1], images[:, 1])
 
+    compiled = []
+
+    def backend(module, _):
+        compiled.append(1)
+        return module.forward
+
+    monkeypatch.setattr(color, "_kernel", torch.compile(color._at_once, dynamic=True, backend=backend))
+    for shape in ((4, 3, 64, 64), (3, 50, 60), (2, 3, 100, 30), (2, 2, 3, 7, 9), (5, 3, 64, 64), (3, 128, 128)):
+        color._in_one_kernel(torch.rand(shape), torch.ones(*shape[:-3], 2), True)
+    assert len(compiled) <= 2  # one image, and several
+
     tried = []
 
     def broken(*_):
@@ -241,9 +252,17 @@ def test_keeps_shape_dtype_and_memory_format(dtype):
 def test_nan_stays_where_it_is():
     image = torch.full((3, 2, 2), 0.5)
     image[:, 0, 0] = torch.nan
-    out = shift_ab(image, torch.tensor([5.0, 5.0]))
-    assert out[:, 0, 0].isnan().all()
-    assert out.isnan().sum() == 3
+    image[1, 1, 1] = torch.nan
+    offset = torch.tensor([5.0, 5.0], requires_grad=True)
+    tracked = image.clone().requires_grad_()
+    for out in (shift_ab(image, offset.detach()), shift_ab(tracked, offset)):
+        assert out[:, 0, 0].isnan().all()
+        assert out[:, 1, 1].isnan().all()
+        assert out.isnan().sum() == 6
+    out[~out.isnan()].sum().backward()
+    assert tracked.grad.isfinite().all()
+    assert offset.grad.isfinite().all()
+    assert offset.grad.ne(0).all()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """One table of contracts: every operation on every kind of input, in every context where layers are put."""
 
+import contextlib
 import copy
+import functools
 import io
 import pickle
 
@@ -139,24 +141,53 @@ def autocast():
     return torch.autocast("cpu", dtype=torch.bfloat16)
 
 
-class Float64ByDefault:
-    def __enter__(self):
-        torch.set_default_dtype(torch.float64)
-
-    def __exit__(self, *_):
+@contextlib.contextmanager
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize(
-    "context", [torch.inference_mode, torch.no_grad, torch.enable_grad, autocast, Float64ByDefault]
-)
+DEFAULT_DTYPES = [functools.partial(default_dtype, dtype) for dtype in (torch.float64, torch.float16, torch.bfloat16)]
+CONTEXTS = [torch.inference_mode, torch.no_grad, autocast, *DEFAULT_DTYPES]
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("kind", ["uint8", "float16", "float32", "float64", "tv_tensors.Image"])
 def test_contexts_change_nothing(operation, kind, context):
     image = INPUTS[kind]()
     expected = content(operation(image))
-    torch.manual_seed(0)
     with context():
         assert content(operation(image)) == expected
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_contexts_change_no_estimate(context):
+    normalize = OPERATIONS["NormalizeStain"]()
+    tiles = uint8()
+    dense, slide = normalize.estimate_offset(tiles, dense=True), normalize.for_slide(tiles).offset
+    with context():
+        assert torch.equal(normalize.estimate_offset(tiles, dense=True), dense)
+        assert torch.equal(normalize.for_slide(tiles).offset, slide)
+
+
+@pytest.mark.parametrize("context", DEFAULT_DTYPES)
+def test_a_module_made_in_another_default_dtype_is_the_same(context):
+    expected = NormalizeStain.pretrained()(uint8())
+    with context():
+        normalize = NormalizeStain.pretrained()
+        assert {buffer.dtype for buffer in normalize.buffers()} == {torch.float32}
+        assert torch.equal(normalize(uint8()), expected)
+
+
+def test_what_is_loaded_in_inference_mode_passes_gradients():
+    with torch.inference_mode():
+        normalize = NormalizeStain.pretrained()
+    image = (uint8() / 255).requires_grad_()
+    normalize(image).sum().backward()
+    assert image.grad.isfinite().all()
 
 
 def in_training_mode(module):
@@ -194,15 +225,10 @@ def moved(module):
     return module.to("cpu", non_blocking=True).to(memory_format=torch.channels_last)
 
 
-def data_parallel(module):
-    return nn.DataParallel(module)
-
-
 @pytest.mark.parametrize(
     "change",
     [
         in_training_mode, halved, doubled, pickled, copy.copy, copy.deepcopy, saved_and_loaded, restored, moved,
-        data_parallel,
     ],
 )  # fmt: skip
 def test_what_is_done_to_the_module_changes_nothing(operation, change):
@@ -224,6 +250,14 @@ def test_vmap_is_a_batch(name):
     torch.testing.assert_close(torch.func.vmap(operation)(images), operation(images), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("layout", [lambda image: image[..., ::2], lambda image: image[:1].expand(3, 3, 64, 48)])
+def test_vmap_over_offsets_of_an_image_of_any_layout(layout):
+    image, offsets = layout(uint8() / 255), torch.tensor([[1.0, 2.0], [-9.0, 12.0]])
+    expected = torch.stack([shift_ab(image, offset) for offset in offsets])
+    mapped = torch.func.vmap(lambda offset: shift_ab(image, offset))(offsets)
+    torch.testing.assert_close(mapped, expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("name", ESTIMATING)
 def test_outputs_go_before_a_layer_that_is_trained(name):
     model = nn.Sequential(OPERATIONS[name](), nn.Conv2d(3, 2, 3))
@@ -238,10 +272,8 @@ def test_distributed_data_parallel(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         model = nn.Sequential(NormalizeStain(random_network()), nn.Conv2d(3, 2, 3))
-        expected = model[0](uint8() / 255)
         wrapped = nn.parallel.DistributedDataParallel(model)
         wrapped.train()(uint8() / 255).sum().backward()
         assert model[1].weight.grad.isfinite().all()
-        assert torch.equal(wrapped.module[0](uint8() / 255), expected)
     finally:
         torch.distributed.destroy_process_group()

@@ -21,6 +21,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from stainnorm_transform import ColorNormNet, NormalizeStain, PerturbStain
 from stainnorm_transform import transform as transform_module
 from stainnorm_transform.color import shift_ab
+from stainnorm_transform.estimate import mean_offset, tissue_sums
 
 KINDS = ["NormalizeStain", "fixed offset", "PerturbStain"]
 DTYPES = [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -250,6 +251,8 @@ def test_for_slide_is_one_offset_for_all(random_normalize):
     offsets = torch.stack([random_normalize.estimate_offset(tile) for tile in tiles])
     low, high = offsets.min(dim=0).values, offsets.max(dim=0).values
     assert ((slide.offset >= low) & (slide.offset <= high)).all()
+    sums = [tile[0].numel() * tissue_sums(random_normalize.network, tile) for tile in (*tiles, tiles[0])]
+    torch.testing.assert_close(slide.offset, mean_offset(sum(sums)))
     assert torch.equal(slide.estimate_offset(torch.stack([tiles[0]] * 2)), slide.offset.expand(2, 3))
     wide = render_tile(7, 256)
     halves = torch.cat([slide(wide[..., :100]), slide(wide[..., 100:])], dim=-1)

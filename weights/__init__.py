@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors
 import safetensors.torch
+import torch
 
 from stainnorm_transform.files import replacing
 from stainnorm_transform.network import ColorNormNet
@@ -65,6 +66,7 @@ def names() -> list[str]:
     return [*ALIASES, *SHA256]
 
 
+@torch.inference_mode(False)
 def load(name_or_path: str | os.PathLike[str] = DEFAULT) -> Weights:
     """Loads shipped weights by name, or a weights file by path (anything with a folder or the suffix ``.safetensors``).
 
