@@ -175,11 +175,12 @@ def test_contexts_change_no_estimate(context):
 
 @pytest.mark.parametrize("context", DEFAULT_DTYPES)
 def test_a_module_made_in_another_default_dtype_is_the_same(context):
-    expected = NormalizeStain.pretrained()(uint8())
+    image = uint8()
+    expected = NormalizeStain.pretrained()(image)
     with context():
         normalize = NormalizeStain.pretrained()
         assert {buffer.dtype for buffer in normalize.buffers()} == {torch.float32}
-        assert torch.equal(normalize(uint8()), expected)
+        assert torch.equal(normalize(image), expected)
 
 
 def test_what_is_loaded_in_inference_mode_passes_gradients():

@@ -123,7 +123,7 @@ def test_the_dense_estimate_begins_copies_at_every_pixel(size, step):
             sums += window[0].numel() * tissue_sums(network, window, 64 * step)
             unweighted += tissue_sums(network, window, 64 * step)
     expected = mean_offset(sums)
-    assert (mean_offset(unweighted) - expected).norm() > 1e-3
+    assert (mean_offset(unweighted) - expected).norm() > 5e-4
     torch.testing.assert_close(NormalizeStain(network).estimate_offset(image, dense=True), expected, atol=1e-4, rtol=0)
 
 

@@ -98,7 +98,7 @@ def load(name_or_path: str | os.PathLike[str] = DEFAULT) -> Weights:
             raise TypeError("its metadata is no dictionary")
         if (number := metadata.pop("format", 0)) != FORMAT:
             raise ValueError(f"{path} has format {number}, this version of the package reads {FORMAT}: train it again")
-        network = ColorNormNet()
+        network = ColorNormNet().float()
         network.load_state_dict(tensors)
         weights = Weights(network, **metadata)
         if not isinstance(weights.config["preserve_white"], bool):
