@@ -264,9 +264,9 @@ def _frozen(network: ColorNormNet) -> ColorNormNet:
     for module in list(network.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.BatchNorm2d):
-                frozen = _FrozenBatchNorm(child.num_features, child.eps)
+                frozen = _FrozenBatchNorm(child.num_features, child.eps).to(network.lab_scale)
                 frozen.load_state_dict(child.state_dict())
-                setattr(module, name, frozen.to(network.lab_scale))
+                setattr(module, name, frozen)
         for name, parameter in list(module.named_parameters(recurse=False)):
             delattr(module, name)
             module.register_buffer(name, parameter.detach())

@@ -1,0 +1,22 @@
+import deploy
+import pytest
+import torch
+from torch import nn
+
+from stainnorm_transform import NormalizeStain
+
+
+def before_a_model():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(NormalizeStain.pretrained(), *layers)
+
+
+@pytest.mark.parametrize("make", [NormalizeStain.pretrained, before_a_model])
+@pytest.mark.filterwarnings("ignore")
+def test_exported_files_do_the_same_at_any_size(make, tmp_path):
+    model = make().eval()
+    written = deploy.deploy(model, tmp_path)
+    assert [path.name for path in written] == ["model.pt2", "model.onnx"]
+    for run in written.values():
+        assert deploy.difference(model, run) < 1e-4
