@@ -22,7 +22,7 @@ from stainnorm_transform import NormalizeStain, weights
 
 # Batch and sides must be told apart while exporting, and lie above 1.
 EXAMPLE = (2, 3, 224, 256)
-OTHERS = ((1, 3, 3, 4), (1, 3, 224, 224), (3, 3, 256, 256), (1, 3, 512, 600), (1, 3, 1100, 1300))
+OTHERS = ((1, 3, 32, 40), (1, 3, 224, 224), (3, 3, 256, 256), (1, 3, 512, 600), (1, 3, 1100, 1300))
 
 
 def main() -> None:
