@@ -111,12 +111,17 @@ def unit_range(image: Tensor) -> Tensor:
 def _side(image: Tensor) -> int:
     """Length of which COPY_SIDE pixels are made: the longer side of the image, within limits."""
     # Lengths may be symbols, on which torch.compile and torch.export must not branch.
-    longer = torch.sym_max(*image.shape[-2:])
-    return torch.sym_min(torch.sym_max(longer, COPY_SIDE), COPY_SIDE * MAX_SCALE)  # type: ignore[return-value]
+    longer = _larger(*image.shape[-2:])
+    return -_larger(-_larger(longer, COPY_SIDE), -COPY_SIDE * MAX_SCALE)
 
 
 def _length(length: int, step: int, unit: int = 1) -> int:
-    return torch.sym_max(length * unit // step, 1)  # type: ignore[return-value]
+    return _larger(length * unit // step, 1)
+
+
+def _larger(a: int, b: int) -> int:
+    # sym_max of plain numbers breaks the graph of torch.compile before torch 2.7, and max that of torch.export.
+    return max(a, b) if isinstance(a, int) and isinstance(b, int) else torch.sym_max(a, b)
 
 
 def _area_mean(image: Tensor, step: int, unit: int = 1) -> Tensor:
