@@ -96,7 +96,8 @@ def shift_ab(image: Tensor, offset: Tensor, preserve_white: bool = True) -> Tens
     else:
         moved = one_by_one(functools.partial(_at_once, preserve_white=preserve_white), image, offset)
     # vmap cannot write to what it does not map.
-    if moved.stride() == image.stride() or torch._C._functorch.peek_interpreter_stack() is not None:
+    in_functorch = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    if moved.stride() == image.stride() or in_functorch:
         return moved
     return torch.empty_like(image).copy_(moved)
 
