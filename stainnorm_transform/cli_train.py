@@ -167,8 +167,8 @@ def _split(
 ) -> tuple[Subset[Tensor], Subset[Tensor]]:
     """The images to train on and those to measure on. Images that cannot be used are named and left out."""
     apart = list(images.find(held_out)) if held_out else []
-    kept_apart = {path.resolve() for path in apart}
-    paths = [*apart, *(path for path in images.find(inputs) if path.resolve() not in kept_apart)]
+    kept_apart = {os.path.realpath(path) for path in apart}
+    paths = [*apart, *(path for path in images.find(inputs) if os.path.realpath(path) not in kept_apart)]
     files = images.ImageFiles(paths)
     usable, unusable = [], []
     for index, path in enumerate(tqdm(paths, desc="reading", unit="image", disable=None if show else True)):

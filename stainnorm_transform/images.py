@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from stainnorm_transform.files import replacing
+from stainnorm_transform.files import check_regular, replacing
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 THUMBNAIL_SIDE = 256
@@ -45,9 +47,9 @@ def plan(inputs: Sequence[Path], out: Path, reserved: Sequence[str] = ()) -> dic
     outputs = {path: out / below for path, below in find(inputs, skip=out).items()}
     sources: dict[Path, Path] = {}
     taken = {out / name for name in reserved}
-    originals = {path.resolve() for path in outputs}
+    originals = {os.path.realpath(path) for path in outputs}
     for path, output in outputs.items():
-        if output.resolve() in originals:
+        if os.path.realpath(output) in originals:
             raise ValueError(f"{output} is an input and would be overwritten: choose another output folder")
         if output in sources:
             raise ValueError(f"{sources[output]} and {path} would both be written to {output}: use two output folders")
@@ -72,7 +74,7 @@ def find(inputs: Sequence[Path], skip: Path | None = None) -> dict[Path, Path]:
     for given in inputs:
         if not given.exists():
             raise ValueError(f"{given} does not exist")
-        for path in _walk(given, skip.resolve() if skip else None) if given.is_dir() else [given]:
+        for path in _walk(given, os.path.realpath(skip) if skip else None) if given.is_dir() else [given]:
             below = path.relative_to(given) if given.is_dir() else Path(path.name)
             found.setdefault(Path(os.path.abspath(path)), below)
     if not found:
@@ -80,12 +82,12 @@ def find(inputs: Sequence[Path], skip: Path | None = None) -> dict[Path, Path]:
     return found
 
 
-def _walk(folder: Path, skip: Path | None) -> Iterator[Path]:
+def _walk(folder: Path, skip: str | None) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise error
 
     for where, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(name for name in folders if (Path(where) / name).resolve() != skip)
+        folders[:] = sorted(name for name in folders if os.path.realpath(os.path.join(where, name)) != skip)
         for name in sorted(files):
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
                 yield Path(where) / name
@@ -100,6 +102,19 @@ def read(path: Path) -> Image.Image:
     """
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"expected a file ending in {', '.join(SUFFIXES)}")
+    check_regular(path)
+    try:
+        with warnings.catch_warnings():
+            # Of metadata that is not used, or of a size below the limit.
+            warnings.simplefilter("ignore")
+            return _read(path)
+    except (OSError, ValueError, MemoryError, Image.DecompressionBombError):
+        raise
+    except Exception as error:  # Pillow's decoders let errors of every kind through.
+        raise ValueError(f"damaged image ({type(error).__name__}: {error})") from error
+
+
+def _read(path: Path) -> Image.Image:
     with Image.open(path) as image:
         if _bits(image) > 8:  # Pillow would drop the lower bits in silence.
             raise ValueError("16 bits a channel: convert it to 8 bits first")
@@ -185,9 +200,12 @@ def write(image: Image.Image, path: Path, like: Image.Image | None = None) -> No
                 del options["tiffinfo"][ExifTags.Base.ImageDescription]
     elif like and like.getexif():
         options["exif"] = like.getexif()
+    # In memory first: the codecs report a full disk in ways of their own.
+    content = io.BytesIO()
+    image.save(content, format=Image.registered_extensions()[suffix], **options)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        image.save(temporary, **options)
+        temporary.write_bytes(content.getbuffer())
 
 
 def thumbnail(image: Image.Image) -> Image.Image:

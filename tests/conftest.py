@@ -5,8 +5,10 @@ import pytest
 import torch
 from render_tiles import render_tile
 from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
 
-from stainnorm_transform import ColorNormNet, NormalizeStain
+from stainnorm_transform import ColorNormNet, NormalizeStain, TrainConfig, weights
+from stainnorm_transform.cli import main
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,3 +35,28 @@ def random_normalize() -> NormalizeStain:
     with torch.no_grad():
         network.head.bias.copy_(torch.tensor([0.0, 0.4, -0.3]))  # about (8, -6) in (a*, b*)
     return NormalizeStain(network, target="random")
+
+
+@pytest.fixture
+def trained(tmp_path_factory, random_normalize):
+    """A weights file that moves every tissue by about (-8, 6)."""
+    path = tmp_path_factory.mktemp("weights") / "test.safetensors"
+    weights.save(random_normalize.network, path, TrainConfig())
+    return path
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """The command stainnorm normalize, into a folder of the test."""
+
+    def run(*inputs, out="out", options=()):
+        return main(["normalize", *map(str, inputs), "--out", str(tmp_path / out), "--weights", str(trained), *options])
+
+    return run
+
+
+def save(path, image=None, **options):
+    """Writes an image, by default a tile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (to_pil_image(render_tile()) if image is None else image).save(path, **options)
+    return path

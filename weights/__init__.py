@@ -15,7 +15,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from stainnorm_transform.files import replacing
+from stainnorm_transform.files import check_regular, replacing
 from stainnorm_transform.network import ColorNormNet
 
 if TYPE_CHECKING:
@@ -85,15 +85,15 @@ def load(name_or_path: str | os.PathLike[str] = DEFAULT) -> Weights:
             f"expected the name of shipped weights ({', '.join(names())}) or the path of a .safetensors file, "
             f"got {name!r}"
         )
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"expected a weights file of at most {MAX_BYTES} bytes, got {path.stat().st_size} in {path}")
-    content = path.read_bytes()
+    content = _read(path)
     if name in SHA256 and hashlib.sha256(content).hexdigest() != SHA256[name]:
         raise ValueError(f"{path} is damaged: its sha256 is not the one published for {name!r}")
     try:
         tensors = safetensors.torch.load(content)
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {})[METADATA_KEY])
+        # By the format, 8 bytes of length and a header in JSON. The library gives metadata of files only, and a second
+        # look at the file may see other bytes than those that were checked.
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        metadata = json.loads(header.get("__metadata__", {})[METADATA_KEY])
         if not isinstance(metadata, dict):
             raise TypeError("its metadata is no dictionary")
         if (number := metadata.pop("format", 0)) != FORMAT:
@@ -103,14 +103,25 @@ def load(name_or_path: str | os.PathLike[str] = DEFAULT) -> Weights:
         weights = Weights(network, **metadata)
         if not isinstance(weights.config["preserve_white"], bool):
             raise TypeError("config.preserve_white is not a bool")
+        if not isinstance(weights.target, str):
+            raise TypeError("target is not a string")
     except safetensors.SafetensorError as error:
         raise ValueError(f"expected a safetensors file, got {path}: {error}") from error
-    except (RuntimeError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (RuntimeError, KeyError, TypeError, json.JSONDecodeError) as error:  # RecursionError is a RuntimeError.
         raise ValueError(f"expected the weights of a ColorNormNet, got {path}: {error}") from error
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise ValueError(f"expected finite weights, got NaN or infinity in {path}")
     network.eval().requires_grad_(False)
     return weights
+
+
+def _read(path: Path) -> bytes:
+    check_regular(path)
+    with path.open("rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"expected a weights file of at most {MAX_BYTES} bytes, got {path.stat().st_size} in {path}")
+    return content
 
 
 def save(

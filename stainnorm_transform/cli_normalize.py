@@ -1,0 +1,139 @@
+"""The command ``stainnorm normalize``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from tqdm import tqdm
+
+from stainnorm_transform import __version__, images, record, weights
+from stainnorm_transform.color import shift_ab
+from stainnorm_transform.device import choose_device
+from stainnorm_transform.files import printable
+from stainnorm_transform.transform import NormalizeStain
+
+OVERVIEW = "overview.png"
+OVERVIEW_PAIRS = 24
+# Errors that every other image would meet as well.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds ``normalize`` to the commands."""
+    parser = commands.add_parser(
+        "normalize",
+        help="give images the colors of the target",
+        description="Gives H&E images (PNG, JPEG, TIFF; 8-bit RGB or RGBA) the colors of the target. Every image "
+        "gets one a*, b* offset of its own; lightness and white glass stay, and images without tissue come back "
+        "unchanged. Resolution, ICC profile and transparency are kept.",
+        epilog="DIR/offsets.csv lists the offset that was taken from each image. If the command was interrupted, the "
+        "same command does what is left: an image is finished if that list has it and neither the image, its result, "
+        "the weights nor the version of the program have changed. Files that cannot be normalized are named at the "
+        "end, and the exit status is then 1.",
+    )
+    parser.add_argument(
+        "inputs", nargs="+", type=Path, metavar="INPUT", help="image, or folder of images, searched with its subfolders"
+    )
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="folder to write to, in the same subfolders"
+    )
+    parser.add_argument(
+        "--weights",
+        default=weights.DEFAULT,
+        metavar="NAME|PATH",
+        help="the target: a name that 'stainnorm list' shows, or a .safetensors file (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--device", help="where to compute: cpu, cuda, cuda:1 (default: cuda if there is one, else cpu)"
+    )
+    parser.add_argument("--again", action="store_true", help="normalize finished images again, too")
+    parser.add_argument(
+        "--overview",
+        action="store_true",
+        help=f"also write DIR/overview.png: up to {OVERVIEW_PAIRS} images before and after, evenly chosen",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Normalizes as the options say; returns the exit status."""
+    out: Path = options.out
+    outputs = images.plan(options.inputs, out, [record.NAME, OVERVIEW] if options.overview else [record.NAME])
+    transform = NormalizeStain.pretrained(options.weights).to(choose_device(options.device))
+    out.mkdir(parents=True, exist_ok=True)
+    done: list[Path] = []
+    finished_before = 0
+    failed: list[str] = []
+    with record.Record(out, _made_by(transform)) as made:
+        try:
+            for path, output in tqdm(outputs.items(), unit="image", disable=None):
+                try:
+                    if not options.again and made.is_current(path, output):
+                        finished_before += 1
+                    else:
+                        source = made.source(path)
+                        made.add(source, output, *_normalize(transform, path, output))
+                    done.append(path)
+                except Exception as error:
+                    if isinstance(error, OSError) and error.errno in FULL:
+                        raise OSError(f"{error}: stopped; the same command goes on from here") from error
+                    failed.append(f"{path}: {_reason(error, path)}")
+        finally:
+            before = f", {finished_before} of them by an earlier run" if finished_before else ""
+            print(
+                f"{len(done)} of {len(outputs)} images normalized to {printable(repr(transform.target))} in "
+                f"{printable(str(out))}{before}"
+            )
+            if failed:
+                print(f"{len(failed)} failed:", *map(printable, failed), sep="\n  ", file=sys.stderr)
+            if options.overview and done:
+                _write_overview([(path, outputs[path]) for path in done], made, out / OVERVIEW)
+    return 1 if failed else 0
+
+
+def _made_by(transform: NormalizeStain) -> str:
+    digest = hashlib.sha256(str(transform.preserve_white).encode())
+    for tensor in transform.state_dict().values():
+        digest.update(tensor.cpu().numpy().tobytes())
+    return f"stainnorm {__version__}, {transform.target} {digest.hexdigest()[:12]}"
+
+
+def _normalize(transform: NormalizeStain, path: Path, output: Path) -> tuple[float, float]:
+    """Writes the normalized image, its transparency kept, and returns the (a*, b*) that was taken away."""
+    image = images.read(path)
+    device = transform.network.device
+    colors = pil_to_tensor(image.convert("RGB")).to(device)
+    seen = colors if image.mode == "RGB" else pil_to_tensor(images.flatten(image)).to(device)
+    offset = transform.estimate_offset(seen)
+    after = to_pil_image(shift_ab(colors, -offset[1:], transform.preserve_white).cpu())
+    if image.mode == "RGBA":
+        after.putalpha(image.getchannel("A"))
+    images.write(after, output, like=image)
+    return offset[1].item(), offset[2].item()
+
+
+def _reason(error: Exception, path: Path) -> str:
+    if isinstance(error, OSError) and error.filename is not None and os.fspath(error.filename) == str(path):
+        return str(error.strerror)
+    return str(error) or type(error).__name__
+
+
+def _write_overview(pairs: list[tuple[Path, Path]], made: record.Record, path: Path) -> None:
+    chosen = {round(index * (len(pairs) - 1) / (OVERVIEW_PAIRS - 1)) for index in range(OVERVIEW_PAIRS)}
+    shown: list[tuple[str, Image.Image, Image.Image]] = []
+    for source, output in (pairs[index] for index in sorted(chosen)):
+        a, b = made.offset(output)
+        caption = f"{output.relative_to(path.parent)}  offset a* {a:+.1f}, b* {b:+.1f}"
+        with contextlib.suppress(OSError, ValueError):  # It was removed meanwhile.
+            before, after = images.read(source), images.read(output)
+            shown.append((caption, images.thumbnail(before), images.thumbnail(after)))
+    if shown:
+        images.write(images.contact_sheet(shown), path)

@@ -1,0 +1,367 @@
+"""What is there after a kill, on a full disk, and with two runs at a time; and what the next run does."""
+
+import csv
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from camelyon17 import read
+from conftest import save
+from PIL import Image
+from render_tiles import render_tile
+from torchvision.transforms.v2.functional import to_pil_image
+
+from stainnorm_transform import TrainConfig, files, images, record, weights
+from stainnorm_transform.estimate import estimate_offset
+
+COMMAND = [sys.executable, "-c", "import sys; from stainnorm_transform.cli import main; sys.exit(main())", "normalize"]
+
+
+@pytest.fixture(autouse=True)
+def as_a_new_process():
+    files._remove_leftovers.cache_clear()
+
+
+@pytest.fixture
+def start(trained, tmp_path):
+    """Starts the command in a process of its own."""
+
+    def start(folder, out="out"):
+        command = [*COMMAND, folder, "--weights", trained]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        pipe = subprocess.PIPE
+        return subprocess.Popen([*command, "--out", tmp_path / out], env=environment, stdout=pipe, stderr=pipe)
+
+    return start
+
+
+def make_tiles(folder, count, size=64):
+    return [save(folder / f"{n:04}.png", to_pil_image(render_tile(n % 7, size))) for n in range(count)]
+
+
+def rows(out):
+    with (out / "offsets.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def check_all_whole(out, tiles, normalize):
+    """Every result of these tiles is there, right, and listed, and nothing else is there."""
+    expected = {seed: normalize(render_tile(seed, 64)) for seed in range(7)}
+    for number, tile in enumerate(tiles):
+        assert torch.equal(read(out / tile.name), expected[number % 7])
+    assert {row["output"] for row in rows(out)} == {tile.name for tile in tiles}
+    assert {path.name for path in out.iterdir()} == {tile.name for tile in tiles} | {"offsets.csv"}
+
+
+def age_leftovers(out):
+    for path in out.glob(f"{files.PREFIX}*"):
+        os.utime(path, (0, 0))
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
+def test_after_a_kill_every_image_is_whole_and_the_next_run_does_the_rest(
+    start, run, tmp_path, random_normalize, capsys, count
+):
+    tiles, out = make_tiles(tmp_path / "in", count), tmp_path / "out"
+    seen = 0
+    for _ in range(max(2, count // 200)):
+        process = start(tmp_path / "in")
+        goal = seen + count // 8
+        while process.poll() is None and len(list(out.glob("*.png"))) < goal:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        for path in out.glob("*.png"):
+            assert read(path).shape == (3, 64, 64)
+        # The kill may fall between an image and its line.
+        assert goal - 1 <= len({row["output"] for row in rows(out)}) <= len(list(out.glob("*.png"))) < count
+        seen = goal
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
+    listed = {row["output"] for row in rows(out)}
+    age_leftovers(out)
+    assert run(tmp_path / "in") == 0
+    assert f"{count} of {count} images normalized to 'test'" in (text := capsys.readouterr().out)
+    assert f"{len(listed)} of them by an earlier run" in text
+    check_all_whole(out, tiles, random_normalize)
+    assert all((out / name).stat().st_mtime_ns == before[name] for name in listed)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 300 kB, and a function that changes its mount options."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("a small file system can be mounted by root only")
+
+    def remount(options):
+        subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
+
+    yield folder, remount
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_stops_the_run_and_loses_nothing(run, tmp_path, small_disk, random_normalize, capsys):
+    disk, remount = small_disk
+    tiles = make_tiles(tmp_path / "in", 60)
+    assert run(tmp_path / "in", out="disk/out") == 2
+    error = capsys.readouterr().err
+    assert "No space left on device" in error
+    assert "the same command goes on from here" in error
+    done = {path.name for path in (disk / "out").glob("*.png")}
+    assert 0 < len(done) < 60
+    check_all_whole(disk / "out", [tile for tile in tiles if tile.name in done], random_normalize)
+    remount("size=3m")
+    assert run(tmp_path / "in", out="disk/out") == 0
+    assert f"{len(done)} of them by an earlier run" in capsys.readouterr().out
+    check_all_whole(disk / "out", tiles, random_normalize)
+
+
+def test_a_full_disk_is_told_from_a_bad_file(run, tmp_path, monkeypatch, capsys):
+    make_tiles(tmp_path / "in", 3)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "x.png")
+
+    monkeypatch.setattr(images, "write", full)
+    assert run(tmp_path / "in") == 2
+    captured = capsys.readouterr()
+    assert "0 of 3 images" in captured.out
+    assert captured.err.count("No space left on device") == 1
+
+
+def test_no_line_is_cut_by_a_full_disk(tmp_path, monkeypatch):
+    made = record.Record(tmp_path, "test")
+    output = tmp_path / "a.png"
+    save(output)
+    before = (tmp_path / "offsets.csv").read_bytes()
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda handle, line: write(handle, line[:5]))
+    with pytest.raises(OSError, match="No space left on device"):
+        made.add(made.source(output), output, 1, 2)
+    assert (tmp_path / "offsets.csv").read_bytes() == before
+
+
+def test_a_read_only_folder_is_named(run, tmp_path, small_disk, capsys):
+    disk, remount = small_disk
+    (disk / "out").mkdir()
+    remount("ro")
+    make_tiles(tmp_path / "in", 2)
+    assert run(tmp_path / "in", out="disk/out") == 2
+    assert "Read-only file system" in capsys.readouterr().err
+
+
+@pytest.fixture
+def nobody():
+    """Permissions count, even for root."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
+    yield
+    os.seteuid(0)
+
+
+@pytest.fixture
+def for_all(tmp_path):
+    """The folder of the test, open to everybody."""
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.owner() == "root" and folder.name.startswith(("pytest-", "test_")):
+            folder.chmod(0o777)
+    return tmp_path
+
+
+def test_what_may_not_be_read_or_written_is_named(run, for_all, trained, request, capsys):
+    trained.chmod(0o644)
+    for folder in (trained.parent, trained.parent.parent):
+        folder.chmod(0o755)
+    make_tiles(for_all / "in", 2)[0].chmod(0)
+    (for_all / "locked").mkdir(mode=0o755)
+    (for_all / "out").mkdir()
+    (for_all / "out").chmod(0o777)
+    save(for_all / "sealed/in/a.png")
+    (for_all / "sealed").chmod(0)
+    assert run(for_all / "in/0001.png", out="warm") == 0
+    (for_all / "locked").chmod(0o555)
+    request.getfixturevalue("nobody")
+    capsys.readouterr()
+    assert run(for_all / "in") == 1
+    captured = capsys.readouterr()
+    assert "1 of 2 images" in captured.out
+    assert f"{for_all}/in/0000.png: Permission denied" in captured.err
+    assert run(for_all / "in", out="locked") == 2
+    assert "Permission denied" in capsys.readouterr().err
+    assert run(for_all / "sealed", out="out") == 2
+    assert "Permission denied" in capsys.readouterr().err
+
+
+def test_a_file_that_vanishes_is_named(run, tmp_path, monkeypatch, capsys):
+    tiles = make_tiles(tmp_path / "in", 3)
+    read_image = images.read
+
+    def vanish(path):
+        tiles[1].unlink(missing_ok=True)
+        return read_image(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(images, "read", vanish)
+        assert run(tmp_path / "in", options=["--overview"]) == 1
+    captured = capsys.readouterr()
+    assert "2 of 3 images" in captured.out
+    assert f"{tiles[1]}: No such file" in captured.err
+    tiles[2].unlink()
+    save(tiles[1])
+    assert run(tmp_path / "in") == 0
+    assert {row["output"] for row in rows(tmp_path / "out")} == {tile.name for tile in tiles}
+
+
+def test_two_runs_into_one_folder(start, run, tmp_path, random_normalize, capsys):
+    tiles, out = make_tiles(tmp_path / "in", 30), tmp_path / "out"
+    for process in [start(tmp_path / "in") for _ in range(2)]:
+        output, error = process.communicate()
+        assert process.returncode == 0, error
+        assert b"30 of 30 images" in output
+    check_all_whole(out, tiles, random_normalize)
+    assert 30 <= len(rows(out)) <= 60
+    assert run(tmp_path / "in") == 0
+    assert "30 of them by an earlier run" in capsys.readouterr().out
+
+
+def test_only_what_changed_is_done_again(run, tmp_path, trained, random_normalize, capsys):
+    tiles, out = make_tiles(tmp_path / "in", 5), tmp_path / "out"
+
+    def done(options=()):
+        before = {path: path.stat().st_mtime_ns for path in out.glob("*.png")}
+        assert run(tmp_path / "in", options=options) == 0
+        capsys.readouterr()
+        return sorted(path.name for path in out.glob("*.png") if before.get(path) != path.stat().st_mtime_ns)
+
+    everything = [tile.name for tile in tiles]
+    assert done() == everything
+    assert done() == []
+    save(tiles[0], to_pil_image(render_tile(9, 64)))  # changed
+    state = tiles[1].stat()
+    save(tiles[1], to_pil_image(render_tile(8, 70)))  # changed, and as old as before
+    os.utime(tiles[1], ns=(state.st_atime_ns, state.st_mtime_ns))
+    (out / tiles[2].name).unlink()
+    with (out / tiles[3].name).open("r+b") as file:
+        file.truncate(100)
+    assert done() == everything[:4]
+    assert torch.equal(read(out / tiles[0].name), random_normalize(render_tile(9, 64)))
+    assert done(["--again"]) == everything
+    with torch.no_grad():
+        random_normalize.network.head.bias += 0.1
+    weights.save(random_normalize.network, trained, TrainConfig(), target="test")
+    assert done() == everything
+    for tile, row in zip(tiles, rows(out)[-5:], strict=True):
+        offset = estimate_offset(random_normalize.network, read(tile))
+        assert [float(row["offset_a"]), float(row["offset_b"])] == pytest.approx(offset[1:].tolist(), abs=1e-3)
+    made_by = {row["made_by"] for row in rows(out)}
+    assert len(made_by) == 2
+    assert all(name.startswith("stainnorm 0") for name in made_by)
+
+
+def test_another_image_for_the_same_place_is_made(run, tmp_path, random_normalize):
+    first, second = save(tmp_path / "x/a.png"), save(tmp_path / "y/a.png", to_pil_image(render_tile(3)))
+    os.utime(first, (10**9, 10**9))
+    os.utime(second, (10**9, 10**9))
+    assert run(tmp_path / "x") == run(tmp_path / "y") == 0
+    assert torch.equal(read(tmp_path / "out/a.png"), random_normalize(render_tile(3)))
+
+
+def test_an_overview_shows_images_of_earlier_runs(run, tmp_path):
+    make_tiles(tmp_path / "in", 3)
+    assert run(tmp_path / "in") == 0
+    assert run(tmp_path / "in", options=["--overview"]) == 0
+    with Image.open(tmp_path / "out/overview.png") as sheet:
+        assert sheet.size == (3 * (2 * 256 + 3 * 8), 256 + 18 + 8)
+
+
+@pytest.mark.parametrize("content", ["slide,offset\na,1\n", "input,output,offset_a,offset_b\n", "\x00", '"'])
+def test_a_file_of_the_name_of_the_record_is_not_replaced(run, tmp_path, capsys, content):
+    save(tmp_path / "a.png")
+    path = tmp_path / "out/offsets.csv"
+    path.parent.mkdir()
+    path.write_text(content)
+    assert run(tmp_path / "a.png") == 2
+    assert "offsets.csv is not a record of this version, and is not replaced" in capsys.readouterr().err
+    assert path.read_text() == content
+    assert [file.name for file in path.parent.iterdir()] == ["offsets.csv"]
+
+
+def test_a_line_that_was_cut_is_done_again(run, tmp_path, capsys):
+    tiles, out = make_tiles(tmp_path / "in", 3), tmp_path / "out"
+    assert run(tmp_path / "in") == 0
+    path = out / "offsets.csv"
+    path.write_bytes(path.read_bytes()[:-20])
+    assert run(tmp_path / "in") == 0
+    assert "2 of them by an earlier run" in capsys.readouterr().out
+    assert [row["output"] for row in rows(out)] == [*(tile.name for tile in tiles), tiles[2].name]
+
+
+def test_leftovers_of_killed_runs_go_and_files_in_use_stay(tmp_path):
+    old, new, used = (tmp_path / f"{files.PREFIX}{name}.png" for name in ("old", "new", "used"))
+    for path in (old, new, used):
+        path.write_bytes(b"x")
+    for path in (old, used):
+        os.utime(path, (0, 0))
+    with used.open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with files.replacing(tmp_path / "a.png") as temporary:
+            temporary.write_bytes(b"y")
+            os.utime(temporary, (0, 0))
+            files._remove_leftovers.cache_clear()
+            with files.replacing(tmp_path / "b.png") as other:
+                other.write_bytes(b"z")
+    assert {path.name for path in tmp_path.iterdir()} == {new.name, used.name, "a.png", "b.png"}
+
+
+def test_what_is_no_regular_file_is_refused_at_once(run, tmp_path, capsys):
+    folder = tmp_path / "in"
+    save(folder / "a.png")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "folder.png").mkdir()
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    (folder / "nowhere.png").symlink_to(folder / "none.png")
+    (folder / "null.png").symlink_to("/dev/zero")
+    (folder / "up").symlink_to(folder)
+    assert run(folder) == 1
+    captured = capsys.readouterr()
+    assert "1 of 5 images" in captured.out
+    for name, message in {
+        "pipe": "expected a regular file",
+        "null": "expected a regular file",
+        "loop": "Too many levels of symbolic links",
+        "nowhere": "No such file",
+    }.items():
+        assert message in next(line for line in captured.err.splitlines() if f"/{name}.png" in line)
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    assert run(folder, out="x", options=["--weights", f"{tmp_path}/pipe.safetensors"]) == 2
+    assert "expected a regular file" in capsys.readouterr().err
+
+
+def test_names_do_not_control_the_terminal(run, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/\x1b[2Jü.png").write_bytes(b"")
+    assert run(tmp_path / "in", out="\x1b]0;x\x07") == 1
+    captured = capsys.readouterr()
+    assert "\x1b" not in captured.out + captured.err
+    assert "\\x1b[2Jü.png: cannot identify" in captured.err
+
+
+def test_names_beyond_the_encoding_of_the_terminal(trained, tmp_path):
+    path = save(tmp_path / "ü/a.png")
+    done = subprocess.run(
+        [*COMMAND, path, "--weights", trained, "--out", os.fsencode(tmp_path) + b"/\xff\xc3\xbc"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"1 of 1 images normalized to 'test'" in done.stdout
