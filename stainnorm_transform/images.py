@@ -185,9 +185,21 @@ def write(image: Image.Image, path: Path, like: Image.Image | None = None) -> No
 
     JPEG is written at quality 95 without chroma subsampling, TIFF with lossless compression.
     """
+    suffix = path.suffix.lower()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd metadata
+        options = _options(suffix, like)
+    # In memory first: the codecs report a full disk in ways of their own.
+    content = io.BytesIO()
+    image.save(content, format=Image.registered_extensions()[suffix], **options)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
+
+
+def _options(suffix: str, like: Image.Image | None) -> dict[str, Any]:
     info = like.info if like else {}
     options: dict[str, Any] = {key: info[key] for key in ("dpi", "icc_profile") if key in info}
-    suffix = path.suffix.lower()
     if suffix in (".jpg", ".jpeg"):
         options |= {"quality": 95, "subsampling": 0}
     if suffix in (".tif", ".tiff"):
@@ -200,12 +212,7 @@ def write(image: Image.Image, path: Path, like: Image.Image | None = None) -> No
                 del options["tiffinfo"][ExifTags.Base.ImageDescription]
     elif like and like.getexif():
         options["exif"] = like.getexif()
-    # In memory first: the codecs report a full disk in ways of their own.
-    content = io.BytesIO()
-    image.save(content, format=Image.registered_extensions()[suffix], **options)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_bytes(content.getbuffer())
+    return options
 
 
 def thumbnail(image: Image.Image) -> Image.Image:

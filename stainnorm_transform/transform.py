@@ -31,7 +31,7 @@ from stainnorm_transform.color import (
 from stainnorm_transform.estimate import estimate_offset, mean_offset, tissue_sums
 from stainnorm_transform.network import ColorNormNet
 
-# Threads that share a transform make its table once.
+# Threads that share a transform make its table once; several tables at a time would compete for memory.
 _making_a_table = threading.Lock()
 
 
@@ -186,9 +186,13 @@ class NormalizeStain(_ImageTransform):
             self._table, self._table_key, self._pixels = None, key, 0
         self._pixels += image.numel() // 3
         if self._table is None and self._pixels >= TABLE_SIZE:
-            with _making_a_table:
-                if self._table is None:
-                    self._table = shift_table(-self.offset[1:].cpu(), self.preserve_white)
+            # Nobody waits: meanwhile images are shifted without it, and a fork may have copied the lock as it was held.
+            if _making_a_table.acquire(blocking=False):
+                try:
+                    if self._table is None:
+                        self._table = shift_table(-self.offset[1:].cpu(), self.preserve_white)
+                finally:
+                    _making_a_table.release()
         return self._table
 
     def __getstate__(self) -> dict[str, Any]:
@@ -293,14 +297,21 @@ def _to_tensor(inpt: Tensor | PIL.Image.Image) -> Tensor:
             raise ValueError(f"expected a PIL image of mode RGB, got {inpt.mode}: convert it first")
         return pil_to_tensor(inpt)
     check_image(inpt)
-    return inpt.as_subclass(Tensor) if isinstance(inpt, tv_tensors.TVTensor) else inpt
+    return inpt.as_subclass(Tensor) if _is_dressed(inpt) else inpt
+
+
+def _is_dressed(inpt: Tensor) -> bool:
+    """Whether a tensor is of a subclass that adds to it, like tv_tensors and MONAI's, and is no other kind of memory."""
+    return type(inpt) is not Tensor and type(inpt).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def _like(inpt: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Applies a function of tensors and returns the kind of the input."""
+    """Applies a function of tensors and returns the kind of the input, with what it carries."""
     out = function(_to_tensor(inpt))
     if isinstance(inpt, PIL.Image.Image):
         image = to_pil_image(out)
         image.info.update(inpt.info)
         return image
-    return tv_tensors.wrap(out, like=inpt) if isinstance(inpt, tv_tensors.TVTensor) else out
+    if isinstance(inpt, tv_tensors.TVTensor):
+        return tv_tensors.wrap(out, like=inpt)
+    return torch.empty_like(inpt).copy_(out) if _is_dressed(inpt) else out

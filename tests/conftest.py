@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from render_tiles import render_tile
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
@@ -11,6 +12,8 @@ from stainnorm_transform import ColorNormNet, NormalizeStain, TrainConfig, weigh
 from stainnorm_transform.cli import main
 
 ROOT = Path(__file__).parent.parent
+
+settings.register_profile("fuzz", max_examples=5000, derandomize=False)
 
 
 @pytest.fixture(scope="session")

@@ -96,22 +96,30 @@ def load(name_or_path: str | os.PathLike[str] = DEFAULT) -> Weights:
         metadata = json.loads(header.get("__metadata__", {})[METADATA_KEY])
         if not isinstance(metadata, dict):
             raise TypeError("its metadata is no dictionary")
-        if (number := metadata.pop("format", 0)) != FORMAT:
-            raise ValueError(f"{path} has format {number}, this version of the package reads {FORMAT}: train it again")
-        network = ColorNormNet().float()
-        network.load_state_dict(tensors)
-        weights = Weights(network, **metadata)
-        if not isinstance(weights.config["preserve_white"], bool):
-            raise TypeError("config.preserve_white is not a bool")
-        if not isinstance(weights.target, str):
-            raise TypeError("target is not a string")
+        number = metadata.pop("format", 0)
+        weights = _build(tensors, metadata) if number == FORMAT else None
     except safetensors.SafetensorError as error:
         raise ValueError(f"expected a safetensors file, got {path}: {error}") from error
-    except (RuntimeError, KeyError, TypeError, json.JSONDecodeError) as error:  # RecursionError is a RuntimeError.
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        # Among them those of deep JSON and of numbers with too many digits.
         raise ValueError(f"expected the weights of a ColorNormNet, got {path}: {error}") from error
+    if weights is None:
+        raise ValueError(f"{path} has format {number!r}, this version of the package reads {FORMAT}: train it again")
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise ValueError(f"expected finite weights, got NaN or infinity in {path}")
-    network.eval().requires_grad_(False)
+    return weights
+
+
+def _build(tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> Weights:
+    if any(tensor.is_complex() for tensor in tensors.values()):
+        raise TypeError("its tensors are not all real")
+    network = ColorNormNet().float()
+    network.load_state_dict(tensors)
+    weights = Weights(network.eval().requires_grad_(False), **metadata)
+    if not isinstance(weights.config["preserve_white"], bool):
+        raise TypeError("config.preserve_white is not a bool")
+    if not isinstance(weights.target, str):
+        raise TypeError("target is not a string")
     return weights
 
 
