@@ -185,14 +185,13 @@ class NormalizeStain(_ImageTransform):
         if key != self._table_key:
             self._table, self._table_key, self._pixels = None, key, 0
         self._pixels += image.numel() // 3
-        if self._table is None and self._pixels >= TABLE_SIZE:
+        if self._table is None and self._pixels >= TABLE_SIZE and _making_a_table.acquire(blocking=False):
             # Nobody waits: meanwhile images are shifted without it, and a fork may have copied the lock as it was held.
-            if _making_a_table.acquire(blocking=False):
-                try:
-                    if self._table is None:
-                        self._table = shift_table(-self.offset[1:].cpu(), self.preserve_white)
-                finally:
-                    _making_a_table.release()
+            try:
+                if self._table is None:
+                    self._table = shift_table(-self.offset[1:].cpu(), self.preserve_white)
+            finally:
+                _making_a_table.release()
         return self._table
 
     def __getstate__(self) -> dict[str, Any]:
@@ -301,7 +300,7 @@ def _to_tensor(inpt: Tensor | PIL.Image.Image) -> Tensor:
 
 
 def _is_dressed(inpt: Tensor) -> bool:
-    """Whether a tensor is of a subclass that adds to it, like tv_tensors and MONAI's, and is no other kind of memory."""
+    """Whether a tensor is of a subclass that adds to it, as tv_tensors and MONAI's do, not one of other memory."""
     return type(inpt) is not Tensor and type(inpt).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 

@@ -222,6 +222,30 @@ def restored(module):
     return fresh
 
 
+def averaged(module):
+    mean = torch.optim.swa_utils.AveragedModel(nn.Sequential(module, nn.Linear(1, 1)), use_buffers=True)
+    for _ in range(3):
+        mean.update_parameters(nn.Sequential(module, nn.Linear(1, 1)))
+    return mean.module[0]
+
+
+def with_synchronized_batch_norm(module):
+    return nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(copy.deepcopy(module)))
+
+
+def shared(module):
+    return copy.deepcopy(module).share_memory()
+
+
+def in_parallel(module):
+    return nn.DataParallel(nn.Sequential(module))
+
+
+def called_with_its_state(module):
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    return lambda image: torch.func.functional_call(module, state, (image,))
+
+
 def moved(module):
     return module.to("cpu", non_blocking=True).to(memory_format=torch.channels_last)
 
@@ -230,6 +254,7 @@ def moved(module):
     "change",
     [
         in_training_mode, halved, doubled, pickled, copy.copy, copy.deepcopy, saved_and_loaded, restored, moved,
+        averaged, with_synchronized_batch_norm, shared, in_parallel, called_with_its_state,
     ],
 )  # fmt: skip
 def test_what_is_done_to_the_module_changes_nothing(operation, change):
@@ -278,3 +303,92 @@ def test_distributed_data_parallel(tmp_path):
         assert model[1].weight.grad.isfinite().all()
     finally:
         torch.distributed.destroy_process_group()
+
+
+class Dressed(torch.Tensor):
+    """A tensor that carries something, as those of MONAI and fastai do."""
+
+    def __new__(cls, data, note=""):
+        made = data.as_subclass(cls)
+        made.note = note
+        return made
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        out = super().__torch_function__(function, types, args, kwargs)
+        if isinstance(out, cls):
+            out.note = next((arg.note for arg in args if isinstance(arg, cls)), "")
+        return out
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("name", ["NormalizeStain", "fixed offset", "PerturbStain"])
+def test_a_tensor_keeps_what_it_carries(name, gradient):
+    operation, image = OPERATIONS[name](), (uint8() / 255).to(memory_format=torch.channels_last)
+    torch.manual_seed(0)
+    expected = operation(image.clone().requires_grad_(gradient)).detach()
+    torch.manual_seed(0)
+    out = operation(Dressed(image, "slide 7").requires_grad_(gradient))
+    assert type(out) is Dressed
+    assert out.note == "slide 7"
+    assert out.requires_grad == gradient
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(out.detach().as_subclass(torch.Tensor), expected)
+    if name != "PerturbStain":
+        assert type(operation.estimate_offset(Dressed(image))) is torch.Tensor
+        assert type(operation.for_slide([Dressed(image)]).offset) is torch.Tensor
+
+
+def test_a_parameter_is_an_image_like_any_other():
+    """As for attacks and visualizations, which change pixels by their gradient."""
+    operation, image = OPERATIONS["NormalizeStain"](), uint8() / 255
+    out = operation(nn.Parameter(image))
+    assert type(out) is torch.Tensor
+    torch.testing.assert_close(out.detach(), operation(image), atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+class TestCuda:
+    """On CUDA: what the CPU gives, within 1e-4 or a level, as it came, and without waiting for the device."""
+
+    @pytest.mark.parametrize("kind", [kind for kind in INPUTS if kind != "PIL"])
+    def test_it_is_what_the_cpu_gives(self, operation, kind):
+        image = INPUTS[kind]()
+        expected = operation(image)
+        out = operation(image.cuda(), by=copy.deepcopy(operation.module).cuda())
+        assert (out.dtype, out.shape, out.device.type) == (image.dtype, image.shape, "cuda")
+        assert out.stride() == expected.stride()
+        tolerance = {torch.uint8: 1, torch.float16: 1e-3, torch.bfloat16: 8e-3}.get(image.dtype, 1e-4)
+        torch.testing.assert_close(out.cpu(), expected, atol=tolerance, rtol=0)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_autocast_changes_nothing(self, operation, dtype):
+        image, module = (uint8() / 255).cuda(), copy.deepcopy(operation.module).cuda()
+        expected = operation(image, by=module)
+        with torch.autocast("cuda", dtype=dtype):
+            assert torch.equal(operation(image, by=module), expected)
+
+    @pytest.mark.parametrize("name", ESTIMATING)
+    def test_nothing_waits_for_the_device(self, name):
+        image, module = (uint8() / 255).cuda(), OPERATIONS[name]().cuda()
+        if name == "shift_ab":
+            offset = torch.tensor([7.0, -9.0]).cuda()
+            module = functools.partial(shift_ab, offset=offset)
+        module(image)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            module(image)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def test_gradients_are_those_of_the_cpu(self):
+        gradients = []
+        for device in ("cpu", "cuda"):
+            image = (uint8() / 255).to(device).requires_grad_()
+            OPERATIONS["NormalizeStain"]().to(device)(image).square().sum().backward()
+            gradients.append(image.grad.cpu())
+        torch.testing.assert_close(*gradients, atol=1e-3, rtol=1e-3)
+
+    def test_the_network_follows_the_model_and_stays_in_float32(self):
+        model = nn.Sequential(OPERATIONS["fixed offset"]()).cuda().half()
+        assert {(buffer.device.type, buffer.dtype) for buffer in model.buffers()} == {("cuda", torch.float32)}

@@ -1,5 +1,7 @@
 import copy
+import dataclasses
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -101,6 +103,71 @@ def test_samples_keep_masks_boxes_and_labels(transform, tile):
     image, label = transform(tile, torch.tensor(3))
     assert image.shape == tile.shape
     assert label == 3
+
+
+@dataclasses.dataclass
+class Meta:
+    slide: str
+
+
+def test_whatever_else_a_sample_holds_passes_through(transform, tile):
+    rest = {
+        "text": "slide 7",
+        "bytes": b"x",
+        "none": None,
+        "number": 0.5,
+        "array": np.arange(3),
+        "path": Path("a.png"),
+        "object": Meta("a"),
+        "tensor": torch.rand(3, 4, 4),
+        "mask": tv_tensors.Mask(torch.ones(2, 128, 128, dtype=torch.bool)),
+        "boxes": tv_tensors.BoundingBoxes(torch.tensor([[1, 2, 3, 4]]), format="XYXY", canvas_size=(128, 128)),
+    }
+    if hasattr(tv_tensors, "KeyPoints"):  # torchvision 0.23
+        rest["points"] = tv_tensors.KeyPoints(torch.tensor([[5.0, 6.0]]), canvas_size=(128, 128))
+    for image in (to_pil_image(tile), tv_tensors.Image(tile)):
+        sample = {"rest": rest, "deep": ({"images": [image]},)}
+        out = transform(sample)
+        assert list(out) == list(sample)
+        assert out["rest"].keys() == rest.keys()
+        for name, value in rest.items():
+            assert out["rest"][name] is value, name
+        assert type(out["deep"][0]["images"][0]) is type(image)
+    out, mask, *others = transform(to_pil_image(tile), rest["mask"], 3, "x")
+    assert isinstance(out, Image.Image)
+    assert mask is rest["mask"]
+    assert others == [3, "x"]
+
+
+def test_images_of_several_kinds_in_one_sample(random_normalize, tile):
+    pil, image, video = random_normalize((to_pil_image(tile), tv_tensors.Image(tile), tv_tensors.Video(tile[None])))
+    expected = random_normalize(tile)
+    assert torch.equal(pil_to_tensor(pil), expected)
+    assert torch.equal(image, expected)
+    assert torch.equal(video[0], expected)
+
+
+@pytest.mark.parametrize("version", [v1, v2])
+def test_inside_of_other_transforms(random_normalize, tile, version):
+    expected = random_normalize(tile)
+    always, never = (version.RandomApply([random_normalize], p=p) for p in (1.0, 0.0))
+    assert torch.equal(always(tile), expected)
+    assert torch.equal(never(tile), tile)
+    for inside in (version.RandomChoice([random_normalize]), version.RandomOrder([random_normalize])):
+        assert torch.equal(inside(tile), expected)
+    nested = version.Compose([version.Compose([version.RandomHorizontalFlip(p=0), random_normalize])])
+    assert torch.equal(nested(tile), expected)
+    assert "NormalizeStain(target='random'" in repr(nested)
+
+
+def test_by_key_and_as_a_function(random_normalize, tile):
+    assert torch.equal(v2.Lambda(random_normalize)(tile), random_normalize(tile))
+    apart = v2.Compose(
+        [v2.ToImage(), random_normalize, v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)]
+    )
+    out = apart({"image": to_pil_image(tile), "mask": tv_tensors.Mask(tile[:1])})
+    torch.testing.assert_close(out["image"].as_subclass(torch.Tensor), random_normalize(tile) / 255)
+    assert torch.equal(out["mask"], tile[:1])
 
 
 class PilTiles(torch.utils.data.Dataset):

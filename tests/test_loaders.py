@@ -1,0 +1,145 @@
+"""Data loaders: every way to start workers, and what a fork copies."""
+
+import threading
+
+import pytest
+import torch
+from render_tiles import render_tile
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import to_pil_image
+
+from stainnorm_transform import NormalizeStain, PerturbStain
+from stainnorm_transform import transform as transform_module
+
+COUNT = 6
+
+
+class Tiles(Dataset):
+    """(image, {mask, label}), transformed together."""
+
+    def __init__(self, transform):
+        self.transform = transform
+
+    def __len__(self):
+        return COUNT
+
+    def __getitem__(self, index):
+        image = to_pil_image(render_tile(index, 48))
+        return self.transform(image, {"mask": tv_tensors.Mask(torch.full((48, 48), index)), "label": index})
+
+
+class Stream(IterableDataset):
+    def __init__(self, transform):
+        self.transform = transform
+
+    def __iter__(self):
+        info = torch.utils.data.get_worker_info()
+        yield from (self.transform(render_tile(index, 48)) for index in range(info.id, COUNT, info.num_workers))
+
+
+def loading(normalize):
+    return v2.Compose([normalize, v2.ToImage()])
+
+
+@pytest.fixture(params=["per tile", "per slide"])
+def normalize(request):
+    normalize = NormalizeStain.pretrained()
+    return normalize.for_slide([render_tile(0)]) if request.param == "per slide" else normalize
+
+
+WAYS = [
+    {"num_workers": 0},
+    *({"num_workers": count, "multiprocessing_context": "fork"} for count in (1, 2)),
+    {"num_workers": 2, "multiprocessing_context": "fork", "persistent_workers": True, "prefetch_factor": 3},
+    {"num_workers": 2, "multiprocessing_context": "spawn", "persistent_workers": True},
+    {"num_workers": 1, "multiprocessing_context": "forkserver"},
+]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join(map(str, way.values())))
+def test_every_way_gives_the_same_batches(way, normalize):
+    # A parent that has computed, with threads and a table, before it forks.
+    transform_module.NormalizeStain(normalize.network, offset=torch.tensor([0.0, 1, 2]))(render_tile(1, 300))
+    expected = torch.stack([normalize(render_tile(index, 48)) for index in range(COUNT)])
+    loader = DataLoader(Tiles(loading(normalize)), batch_size=4, timeout=120 if way["num_workers"] else 0, **way)
+    for _ in range(2):
+        batches = list(loader)
+        assert torch.equal(torch.cat([images for images, _ in batches]), expected)
+        assert torch.equal(torch.cat([rest["mask"][:, 0, 0] for _, rest in batches]), torch.arange(COUNT))
+        assert torch.cat([rest["label"] for _, rest in batches]).tolist() == list(range(COUNT))
+
+
+def test_iterable_datasets(normalize):
+    loader = DataLoader(Stream(normalize), batch_size=None, num_workers=2, multiprocessing_context="fork")
+    expected = torch.stack([normalize(render_tile(index, 48)) for index in range(COUNT)])
+    assert torch.equal(torch.stack(list(loader)), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs CUDA")
+def test_pinned_batches_go_to_the_device(normalize):
+    loader = DataLoader(Tiles(loading(normalize)), batch_size=4, num_workers=1, pin_memory=True)
+    images, _ = next(iter(loader))
+    assert images.is_pinned()
+    on_device = normalize.to("cuda")(images.to("cuda", non_blocking=True))
+    torch.testing.assert_close(on_device.cpu(), normalize.to("cpu")(images), atol=1e-4, rtol=0)
+
+
+def test_workers_draw_different_perturbations():
+    loader = DataLoader(Tiles(loading(PerturbStain(20))), batch_size=3, num_workers=2, multiprocessing_context="fork")
+    plain = torch.stack([render_tile(index, 48) for index in range(COUNT)])
+
+    def draw(seed):
+        torch.manual_seed(seed)
+        return torch.cat([images for images, _ in loader])
+
+    first, again, other = draw(0), draw(0), draw(1)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    shifts = (first.float() - plain).mean(dim=(2, 3))
+    assert len({tuple(shift.tolist()) for shift in shifts}) == COUNT
+
+
+def test_a_fork_while_another_thread_makes_a_table_does_not_hang(monkeypatch):
+    """A worker copies the lock as it is held, by a thread that it does not copy."""
+    slide = NormalizeStain.pretrained().for_slide([render_tile(0)])
+    expected = slide(render_tile(0, 48))
+    monkeypatch.setattr(transform_module, "TABLE_SIZE", 1000)
+    began, end = threading.Event(), threading.Event()
+    make = transform_module.shift_table
+
+    def slowly(*arguments):
+        began.set()
+        end.wait(60)
+        return make(*arguments)
+
+    monkeypatch.setattr(transform_module, "shift_table", slowly)
+    thread = threading.Thread(target=slide, args=(render_tile(1, 64),))
+    thread.start()
+    assert began.wait(60)
+    try:
+        loader = DataLoader(Tiles(loading(slide)), num_workers=1, multiprocessing_context="fork", timeout=60)
+        assert torch.equal(next(iter(loader))[0][0], expected)
+        # Nor does another thread wait.
+        assert torch.equal(slide(render_tile(0, 48)), expected)
+    finally:
+        end.set()
+        thread.join()
+
+
+def test_threads_share_a_transform(normalize):
+    tiles = [render_tile(seed, 64) for seed in range(8)]
+    expected = [normalize(tile) for tile in tiles]
+    found = {}
+
+    def work(seed):
+        for _ in range(5):
+            found[seed] = normalize(tiles[seed])
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found[seed], expected[seed]) for seed in range(8))
