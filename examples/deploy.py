@@ -1,8 +1,10 @@
-"""Writes NormalizeStain, alone or before a model, as files that run without this package: torch.export and ONNX.
+"""Writes NormalizeStain, alone or before a model, as files that run without this package.
+
+They are of torch.export, ONNX and, with --aoti, AOTInductor.
 
 pip install -e ".[deploy]" && python examples/deploy.py --out deployed --resnet50
 
-Batch, height and width stay free. Both files are read back and compared with the module on tiles of other sizes. They
+Batch, height and width stay free. The files are read back and compared with the module on tiles of other sizes. They
 take float32 tensors (N, 3, H, W) in [0, 1].
 """
 
@@ -22,7 +24,7 @@ from stainnorm_transform import NormalizeStain, weights
 
 # Batch and sides must be told apart while exporting, and lie above 1.
 EXAMPLE = (2, 3, 224, 256)
-OTHERS = ((1, 3, 32, 40), (1, 3, 224, 224), (3, 3, 256, 256), (1, 3, 512, 600), (1, 3, 1100, 1300))
+OTHERS = ((1, 3, 40, 48), (1, 3, 224, 224), (3, 3, 256, 256), (1, 3, 512, 600), (1, 3, 1100, 1300))
 
 
 def main() -> None:
@@ -30,17 +32,22 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
     parser.add_argument("--weights", default=weights.DEFAULT, help="name or path (default: %(default)s)")
     parser.add_argument("--resnet50", action="store_true", help="the normalizer before an untrained ResNet-50")
+    parser.add_argument(
+        "--aoti",
+        action="store_true",
+        help="also model_aoti.pt2, compiled for machines like this one; needs a C++ compiler, and a few minutes",
+    )
     options = parser.parse_args()
     model: nn.Module = NormalizeStain.pretrained(options.weights)
     if options.resnet50:
         model = nn.Sequential(model, resnet50())
     options.out.mkdir(parents=True, exist_ok=True)
-    for path, run in deploy(model.eval(), options.out).items():
+    for path, run in deploy(model.eval(), options.out, options.aoti).items():
         print(f"{path}: differs by at most {difference(model, run):.1e} on {len(OTHERS)} batches of other sizes")
 
 
-def deploy(model: nn.Module, folder: Path) -> dict[Path, Callable[[Tensor], Tensor]]:
-    """Writes model.pt2 and model.onnx; returns each with a function that runs what was read back."""
+def deploy(model: nn.Module, folder: Path, aoti: bool = False) -> dict[Path, Callable[[Tensor], Tensor]]:
+    """Writes model.pt2, model.onnx and model_aoti.pt2; returns each with a function that runs what was read back."""
     example = torch.rand(EXAMPLE)
     sizes = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
     # As a transform alone it takes *inputs, so that its one input is a tuple.
@@ -59,7 +66,13 @@ def deploy(model: nn.Module, folder: Path) -> dict[Path, Callable[[Tensor], Tens
     def run_onnx(image: Tensor) -> Tensor:
         return torch.from_numpy(np.asarray(session.run(None, {name: image.numpy()})[0]))
 
-    return {folder / "model.pt2": exported, folder / "model.onnx": run_onnx}
+    written = {folder / "model.pt2": exported, folder / "model.onnx": run_onnx}
+    if aoti:
+        path = folder / "model_aoti.pt2"
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+        compiled = torch._inductor.aoti_load_package(str(path))
+        written[path] = lambda image: compiled(image.contiguous())
+    return written
 
 
 @torch.no_grad()

@@ -1,3 +1,5 @@
+import re
+
 import deploy
 import pytest
 import torch
@@ -20,3 +22,15 @@ def test_exported_files_do_the_same_at_any_size(make, tmp_path):
     assert [path.name for path in written] == ["model.pt2", "model.onnx"]
     for run in written.values():
         assert deploy.difference(model, run) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_example_as_it_is_run(tmp_path, monkeypatch, capsys):
+    """A ResNet-50 behind it, and compiled ahead of time."""
+    monkeypatch.setattr("sys.argv", ["deploy.py", "--out", str(tmp_path), "--resnet50", "--aoti"])
+    torch.manual_seed(0)
+    deploy.main()
+    printed = re.findall(r"(\S+): differs by at most (\S+)", capsys.readouterr().out)
+    assert [path.rpartition("/")[2] for path, _ in printed] == ["model.pt2", "model.onnx", "model_aoti.pt2"]
+    assert all(float(difference) < 1e-4 for _, difference in printed)
