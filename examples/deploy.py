@@ -38,21 +38,21 @@ def main() -> None:
         help="also model_aoti.pt2, compiled for machines like this one; needs a C++ compiler, and a few minutes",
     )
     options = parser.parse_args()
-    model: nn.Module = NormalizeStain.pretrained(options.weights)
-    if options.resnet50:
-        model = nn.Sequential(model, resnet50())
+    layers = [NormalizeStain.pretrained(options.weights), *([resnet50()] if options.resnet50 else [])]
+    model = nn.Sequential(*layers)
     options.out.mkdir(parents=True, exist_ok=True)
     for path, run in deploy(model.eval(), options.out, options.aoti).items():
         print(f"{path}: differs by at most {difference(model, run):.1e} on {len(OTHERS)} batches of other sizes")
 
 
 def deploy(model: nn.Module, folder: Path, aoti: bool = False) -> dict[Path, Callable[[Tensor], Tensor]]:
-    """Writes model.pt2, model.onnx and model_aoti.pt2; returns each with a function that runs what was read back."""
+    """Exports a model that takes one tensor (not NormalizeStain itself, which takes samples, but a Sequential of it).
+
+    Writes model.pt2, model.onnx and model_aoti.pt2; returns each with a function that runs what was read back.
+    """
     example = torch.rand(EXAMPLE)
     sizes = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
-    # As a transform alone it takes *inputs, so that its one input is a tuple.
-    shapes = ((sizes,),) if isinstance(model, NormalizeStain) else (sizes,)
-    program = torch.export.export(model, (example,), dynamic_shapes=shapes, strict=False)
+    program = torch.export.export(model, (example,), dynamic_shapes=(sizes,), strict=False)
 
     torch.export.save(program, folder / "model.pt2")
     exported = torch.export.load(folder / "model.pt2").module()

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags, Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -108,9 +108,11 @@ def read(path: Path) -> Image.Image:
             # Of metadata that is not used, or of a size below the limit.
             warnings.simplefilter("ignore")
             return _read(path)
-    except (OSError, ValueError, MemoryError, Image.DecompressionBombError):
+    except (ValueError, MemoryError, Image.DecompressionBombError, UnidentifiedImageError):
         raise
     except Exception as error:  # Pillow's decoders let errors of every kind through.
+        if isinstance(error, OSError) and error.errno:
+            raise
         raise ValueError(f"damaged image ({type(error).__name__}: {error})") from error
 
 

@@ -130,6 +130,8 @@ def make_bad(kind, path):
     elif kind == "16 bits, planar":
         planes = tile.transpose(2, 0, 1).astype(np.uint16) * 257
         tifffile.imwrite(path, planes, photometric="rgb", planarconfig="separate")
+    elif kind == "I;16":
+        save(path, Image.fromarray(tile[..., 0].astype(np.uint16) * 257))
     elif kind == "pages":
         tifffile.imwrite(path, np.stack([tile, tile]), photometric="rgb")
     else:

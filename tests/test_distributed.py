@@ -107,7 +107,7 @@ def test_two_processes_go_on_where_two_stopped(tmp_path):
     folder.mkdir()
     with pytest.raises(ProcessRaisedException, match="stopped at 4"):
         torch.multiprocessing.spawn(one_process, (folder, folder / "run", 4), nprocs=2)
-    (folder / "meeting").unlink()
+    (folder / "meeting").unlink(missing_ok=True)
     torch.multiprocessing.spawn(one_process, (folder, folder / "run"), nprocs=2)
     first, second = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert len(first["losses"]) == 3
