@@ -7,7 +7,6 @@ from torch import nn
 
 from stainnorm_transform import NormalizeStain
 
-
 needs_exporters = pytest.mark.skipif(torch.__version__ < "2.9", reason="the exporters of torch before 2.9 cannot do it")
 
 
