@@ -17,7 +17,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-PREFIX = ".stainnorm-"
+PREFIX, SUFFIX = ".stainnorm-", ".part"
 # A file younger than this many seconds may not be locked yet.
 LEFTOVER_AGE = 5.0
 
@@ -26,11 +26,11 @@ LEFTOVER_AGE = 5.0
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path beside ``path``, renamed to ``path`` when the block ends and removed when it raises.
 
-    It keeps the suffix, by which libraries choose the format. What a killed process left in the folder is removed.
+    Its suffix is none that anybody looks for. What a killed process left in the folder is removed.
     """
     path = Path(path)
     _remove_leftovers(Path(os.path.realpath(path.parent)))
-    handle, name = tempfile.mkstemp(prefix=PREFIX, suffix=path.suffix, dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=PREFIX, suffix=SUFFIX, dir=path.parent)
     temporary = Path(name)
     try:
         _lock(handle)
@@ -59,7 +59,7 @@ def _lock(handle: int) -> None:
 @functools.cache
 def _remove_leftovers(folder: Path) -> None:
     """Removes temporary files whose process is no more, once for each folder."""
-    for path in folder.glob(f"{PREFIX}*") if fcntl else ():
+    for path in folder.glob(f"{PREFIX}*{SUFFIX}") if fcntl else ():
         with contextlib.suppress(OSError), path.open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if time.time() - path.stat().st_mtime > LEFTOVER_AGE:

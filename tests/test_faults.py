@@ -306,7 +306,7 @@ def test_a_line_that_was_cut_is_done_again(run, tmp_path, capsys):
 
 
 def test_leftovers_of_killed_runs_go_and_files_in_use_stay(tmp_path):
-    old, new, used = (tmp_path / f"{files.PREFIX}{name}.png" for name in ("old", "new", "used"))
+    old, new, used = (tmp_path / f"{files.PREFIX}{name}{files.SUFFIX}" for name in ("old", "new", "used"))
     for path in (old, new, used):
         path.write_bytes(b"x")
     for path in (old, used):
