@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import errno
 import hashlib
 import os
@@ -32,12 +31,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "normalize",
         help="give images the colors of the target",
         description="Gives H&E images (PNG, JPEG, TIFF; 8-bit RGB or RGBA) the colors of the target. Every image "
-        "gets one a*, b* offset of its own; lightness and white glass stay, and images without tissue come back "
-        "unchanged. Resolution, ICC profile and transparency are kept.",
-        epilog="DIR/offsets.csv lists the offset that was taken from each image. If the command was interrupted, the "
-        "same command does what is left: an image is finished if that list has it and neither the image, its result, "
-        "the weights nor the version of the program have changed. Files that cannot be normalized are named at the "
-        "end, and the exit status is then 1.",
+        "gets one a*, b* offset of its own, so tiles of one slide may differ a little (for one offset a slide: "
+        "NormalizeStain.for_slide in Python). Lightness and white glass (L* > 97) stay, and images without tissue keep "
+        "their pixels. Resolution, ICC profile and transparency are kept. JPEG is written at quality 95 without "
+        "chroma subsampling, TIFF without loss. Whole-slide files are not read, and files of other kinds in a folder "
+        "are left out.",
+        epilog="DIR/offsets.csv lists each image, by its full path, with the offset that was taken from it; of several "
+        "lines for one output the last counts. The same command again does what is missing: an image is finished if "
+        "the list has it and path, size and time of change of the image and of its result are as listed, as are the "
+        "weights and the version of the program. Results of images that are gone stay. Files that cannot be normalized "
+        "are named at the end, and the exit status is then 1.",
     )
     parser.add_argument(
         "inputs", nargs="+", type=Path, metavar="INPUT", help="image, or folder of images, searched with its subfolders"
@@ -131,9 +134,12 @@ def _write_overview(pairs: list[tuple[Path, Path]], made: record.Record, path: P
     shown: list[tuple[str, Image.Image, Image.Image]] = []
     for source, output in (pairs[index] for index in sorted(chosen)):
         a, b = made.offset(output)
-        caption = f"{output.relative_to(path.parent)}  offset a* {a:+.1f}, b* {b:+.1f}"
-        with contextlib.suppress(OSError, ValueError):  # It was removed meanwhile.
+        caption = f"{output.relative_to(path.parent)}  before, after; taken away: a* {a:+.1f}, b* {b:+.1f}"
+        try:
             before, after = images.read(source), images.read(output)
-            shown.append((caption, images.thumbnail(before), images.thumbnail(after)))
+        except (OSError, ValueError) as error:
+            print(printable(f"not in the overview: {source}: {_reason(error, source)}"), file=sys.stderr)
+            continue
+        shown.append((caption, images.thumbnail(before), images.thumbnail(after)))
     if shown:
         images.write(images.contact_sheet(shown), path)

@@ -218,11 +218,12 @@ def random_offset(shape: Sequence[int], max_offset: float, generator: torch.Gene
 def check_image(image: Tensor) -> None:
     """Raises TypeError or ValueError unless ``image`` is uint8 or floating point of shape (..., 3, H, W)."""
     if not isinstance(image, Tensor):
-        raise TypeError(f"expected a tensor, got {type(image).__name__}")
+        raise TypeError(f"expected an image tensor, got {type(image).__name__}")
     if image.dtype not in (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(f"expected uint8 in [0, 255] or floating point in [0, 1], got {image.dtype}")
     if image.ndim < 3 or image.shape[-3] != 3 or 0 in image.shape[-2:]:
-        raise ValueError(f"expected an image of shape (..., 3, H, W) with H, W >= 1, got {tuple(image.shape)}")
+        hint = ": channels come first, permute it" if image.ndim >= 3 and image.shape[-1] == 3 else ""
+        raise ValueError(f"expected an image of shape (..., 3, H, W) with H, W >= 1, got {tuple(image.shape)}{hint}")
 
 
 def one_by_one(function: Callable[..., Tensor], image: Tensor, *rows: Tensor) -> Tensor:

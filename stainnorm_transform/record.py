@@ -21,6 +21,7 @@ FIELDS = (
     "input_bytes",
     "input_modified",
     "output_bytes",
+    "output_modified",
 )
 
 
@@ -87,26 +88,27 @@ class Record:
         os.close(self.handle)
 
     def is_current(self, path: Path, output: Path) -> bool:
-        """Whether ``output`` is there, whole, and made from ``path`` as it is now, in the same way."""
+        """Whether ``output`` is there as it was made, from ``path`` as it is now, in the same way.
+
+        Files are told by their size and the time of their last change.
+        """
         line = self.lines.get(self._name(output))
         if line is None or not output.is_file():
             return False
-        return [line[0], *line[4:]] == [*self.source(path), str(output.stat().st_size)]
+        return [line[0], *line[4:]] == [*self.source(path), *_state(output)]
 
     def source(self, path: Path) -> tuple[str, str, str, str]:
-        """What an image would be made from and by: path, ``made_by``, bytes, and time of the last change (UTC).
+        """What an image would be made from and by: path, ``made_by``, bytes, and time of the last change.
 
         Raises:
             OSError: there is no such file.
         """
-        state = path.stat()
-        modified = datetime.datetime.fromtimestamp(state.st_mtime, datetime.timezone.utc)
-        return str(path), self.made_by, str(state.st_size), modified.isoformat(timespec="microseconds")
+        return str(path), self.made_by, *_state(path)
 
     def add(self, source: tuple[str, str, str, str], output: Path, a: float, b: float) -> None:
         """Adds the line of an image that was written, with the offset that was taken from it."""
         path, *how = source
-        line = [path, self._name(output), f"{a:.3f}", f"{b:.3f}", *how, str(output.stat().st_size)]
+        line = [path, self._name(output), f"{a:.3f}", f"{b:.3f}", *how, *_state(output)]
         self._append(line)
         self.lines[self._name(output)] = line
 
@@ -129,3 +131,11 @@ class Record:
         if written < len(line):
             os.ftruncate(self.handle, size)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+
+
+def _state(path: Path) -> tuple[str, str]:
+    """Bytes, and time of the last change in UTC, to the nanosecond."""
+    state = path.stat()
+    seconds, nanoseconds = divmod(state.st_mtime_ns, 10**9)
+    moment = datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=seconds)
+    return str(state.st_size), f"{moment.isoformat()}.{nanoseconds:09}Z"

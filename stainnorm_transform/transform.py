@@ -6,6 +6,7 @@ import copy
 import math
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -48,7 +49,8 @@ class _ImageTransform(v2.Transform):
     def check_inputs(self, flat_inputs: list[Any]) -> None:
         if not any(self._needs_transform_list(flat_inputs)):
             kinds = ", ".join(sorted({type(inpt).__name__ for inpt in flat_inputs})) or "nothing"
-            raise TypeError(f"expected a PIL image or an image tensor in the sample, got {kinds}")
+            hint = ": torch.from_numpy(image).permute(2, 0, 1) is one" if "ndarray" in kinds else ""
+            raise TypeError(f"expected a PIL image or an image tensor in the sample, got {kinds}{hint}")
 
 
 class NormalizeStain(_ImageTransform):
@@ -95,6 +97,10 @@ class NormalizeStain(_ImageTransform):
         offset: Tensor | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(network, nn.Module):
+            raise TypeError(
+                f"expected a ColorNormNet, got {type(network).__name__}: pretrained() takes a name or a path"
+            )
         if offset is not None:
             if not isinstance(offset, Tensor):
                 raise TypeError(f"expected an offset tensor, got {type(offset).__name__}")
@@ -153,6 +159,8 @@ class NormalizeStain(_ImageTransform):
             TypeError: something else than images, such as (image, label) pairs.
             ValueError: there are no tiles.
         """
+        if isinstance(tiles, PIL.Image.Image) or (isinstance(tiles, Tensor) and tiles.ndim == 3):
+            raise TypeError("expected a batch or a list of tiles, got one image: put it in a list")
         total = torch.zeros(3, dtype=torch.float32, device=self.network.device)
         seen = 0
         for tile in tiles:
@@ -193,6 +201,13 @@ class NormalizeStain(_ImageTransform):
             finally:
                 _making_a_table.release()
         return self._table
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # Whether an offset is fixed is part of the state.
+        if any(name.startswith(f"{prefix}network.") for name in state_dict):
+            fixed = f"{prefix}offset" in state_dict
+            self.offset = torch.zeros(3, dtype=torch.float32, device=self.network.device) if fixed else None
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_table": None}
@@ -293,10 +308,33 @@ def _leading_shape(inpt: Any) -> torch.Size:
 def _to_tensor(inpt: Tensor | PIL.Image.Image) -> Tensor:
     if isinstance(inpt, PIL.Image.Image):
         if inpt.mode != "RGB":
-            raise ValueError(f"expected a PIL image of mode RGB, got {inpt.mode}: convert it first")
+            raise ValueError(
+                f"expected a PIL image of mode RGB, got {inpt.mode}: convert it first (a mask: to tv_tensors.Mask)"
+            )
         return pil_to_tensor(inpt)
     check_image(inpt)
-    return inpt.as_subclass(Tensor) if _is_dressed(inpt) else inpt
+    image = inpt.as_subclass(Tensor) if _is_dressed(inpt) else inpt
+    if image.is_floating_point() and eager_on_cpu(image):
+        _warn_of_range(image.detach())
+    return image
+
+
+def _warn_of_range(image: Tensor) -> None:
+    """Warns of images that can't be in [0, 1], by some of their pixels; bicubic filters leave it by a little."""
+    some = image[..., ::8, ::8]
+    if not some.numel():
+        return
+    low, high = (float(value) for value in some.aminmax())
+    # The texts do not depend on the image, so that each is shown once.
+    for is_odd, what, remedy in (
+        (2 < high < math.inf, "above 2", "divide by 255"),
+        (-math.inf < low < -0.5, "below -0.5", "normalize stains before v2.Normalize"),
+    ):
+        if is_odd:
+            warnings.warn(
+                f"expected floating point images in [0, 1], got values {what}, which are cut to it: {remedy}",
+                stacklevel=2,
+            )
 
 
 def _is_dressed(inpt: Tensor) -> bool:

@@ -1,6 +1,8 @@
 import copy
 import dataclasses
 import pickle
+import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -358,6 +360,9 @@ def test_for_slide_wants_tiles(random_normalize):
     for nothing in ([], [torch.zeros(0, 3, 64, 64)]):
         with pytest.raises(ValueError, match="at least one tile, got none"):
             random_normalize.for_slide(nothing)
+    for one in (render_tile(), to_pil_image(render_tile())):
+        with pytest.raises(TypeError, match="got one image: put it in a list"):
+            random_normalize.for_slide(one)
     with pytest.raises(TypeError, match="images or batches of images, got tuple"):
         random_normalize.for_slide([(render_tile(), 1)])
 
@@ -401,6 +406,7 @@ def test_repr_tells_target_and_recipe(random_normalize):
         (Image.new("L", (8, 8)), ValueError, "mode RGB, got L"),
         (Image.new("RGBA", (8, 8)), ValueError, "mode RGB, got RGBA"),
         (np.zeros((8, 8, 3), np.uint8), TypeError, "expected a PIL image or an image tensor.*ndarray"),
+        (torch.zeros(64, 64, 3), ValueError, r"\(64, 64, 3\): channels come first"),
         ({"label": 3}, TypeError, "got int"),
     ],
 )
@@ -409,7 +415,42 @@ def test_bad_input(transform, sample, error, message):
         transform(sample)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda image: image * 255, "above 2, which are cut to it: divide by 255"),
+        (v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), "below -0.5.*: normalize stains before v2.Norm"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_range_that_cannot_be_right_is_warned_of_once(random_normalize, tile, change, message, dtype):
+    images = torch.stack([tile, tile.flip(-1)]) / 255
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for image in (images[0], images, images * 0.9):
+            random_normalize(change(image).to(dtype))
+        random_normalize((images * 1.4).to(dtype))  # a filter that overshoots, and more
+        random_normalize(torch.full_like(images, torch.nan))
+        random_normalize(tile)
+    texts = {str(warning.message) for warning in caught}
+    assert any(re.search(message, text) for text in texts)
+    assert len(caught) == len(texts) <= 2
+
+
+def test_a_state_says_whether_the_offset_is_fixed(random_normalize, tile):
+    slide = random_normalize.for_slide([render_tile(3)])
+    for one, other in ((slide, random_normalize), (random_normalize, slide)):
+        models = [nn.Sequential(copy.deepcopy(each), nn.Linear(1, 1)) for each in (one, other)]
+        models[1].load_state_dict(models[0].state_dict(), strict=True)
+        assert torch.equal(models[1][0](tile), one(tile))
+    before = slide(tile)
+    slide.load_state_dict({}, strict=False)
+    assert torch.equal(slide(tile), before)
+
+
 def test_bad_arguments():
+    with pytest.raises(TypeError, match=r"ColorNormNet, got str: pretrained\(\) takes a name"):
+        NormalizeStain("camelyon17")
     with pytest.raises(ValueError, match=r"offset of shape \(3,\), got \(2,\)"):
         NormalizeStain(ColorNormNet(), offset=torch.zeros(2))
     with pytest.raises(TypeError, match="offset tensor, got list"):

@@ -74,7 +74,7 @@ def test_images_of_the_target_keep_their_color(data, name):
 def test_golden_output(name):
     normalize = NormalizeStain.pretrained(name)
     expected = json.loads((GOLDEN / f"{name}.json").read_text())
-    image = read(GOLDEN / "input.png")
+    image = read(GOLDEN / "input.png")  # render_tile(42, 96)
     assert normalize.estimate_offset(image).tolist() == pytest.approx(expected["offset"], abs=0.02)
     difference = normalize(image).int() - read(GOLDEN / f"{name}.png").int()
     assert difference.abs().max() <= 1
