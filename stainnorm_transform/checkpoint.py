@@ -77,6 +77,8 @@ def restore(
         metadata: dict[str, Any] = json.loads(bytes(tensors[METADATA].tolist()))
         if metadata["format"] != FORMAT:
             raise ValueError("it is of another version of the package")
+        if not 0 <= metadata["iteration"] <= config.iterations:
+            raise ValueError(f"it ends after {metadata['iteration']} of {config.iterations} iterations")
         saved_config, iteration, saved_colors = metadata["config"], int(metadata["iteration"]), tensors[COLORS]
         # JSON has lists for tuples.
         wanted = json.loads(json.dumps(dataclasses.asdict(config)))
@@ -87,7 +89,7 @@ def restore(
             state = {number: _below(tensors, f"optimizer.{name}.") for number, name in enumerate(parameters)}
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
             return iteration
-    except (safetensors.SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
+    except (safetensors.SafetensorError, RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"expected the checkpoint of a training run: {error}") from error
     if names:
         changed = ", ".join(f"{name} {saved_config.get(name)}, now {wanted.get(name)}" for name in names)

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from stainnorm_transform import __version__, cli_normalize, cli_train, weights
 from stainnorm_transform.files import printable
@@ -29,8 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = _Parser(
         prog="stainnorm", description="Stain normalization of H&E images with ColorNormNet."
     )
     parser.add_argument("--version", action="version", version=f"stainnorm {__version__}")

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from stainnorm_transform import __version__, images, record, weights
 from stainnorm_transform.color import shift_ab
 from stainnorm_transform.device import choose_device
-from stainnorm_transform.files import printable
+from stainnorm_transform.files import printable, remove_leftovers, replacing
 from stainnorm_transform.transform import NormalizeStain
 
 OVERVIEW = "overview.png"
@@ -46,7 +46,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "inputs", nargs="+", type=Path, metavar="INPUT", help="image, or folder of images, searched with its subfolders"
     )
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="DIR", help="folder to write to, in the same subfolders"
+        "--out", required=True, type=_folder, metavar="DIR", help="folder to write to, in the same subfolders"
     )
     parser.add_argument(
         "--weights",
@@ -66,39 +66,52 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.set_defaults(run=run)
 
 
+def _folder(text: str) -> Path:
+    if not text:  # a variable of the shell that is not set
+        raise argparse.ArgumentTypeError("expected a folder, got an empty name")
+    return Path(text)
+
+
 def run(options: argparse.Namespace) -> int:
     """Normalizes as the options say; returns the exit status."""
     out: Path = options.out
     outputs = images.plan(options.inputs, out, [record.NAME, OVERVIEW] if options.overview else [record.NAME])
     transform = NormalizeStain.pretrained(options.weights).to(choose_device(options.device))
+    made = record.Record(out, _made_by(transform))
+    for path, output in outputs.items():
+        if os.path.lexists(output) and not made.has(output):
+            raise ValueError(
+                f"{path} would be written to {output}, which is there and was not made by this command: choose another "
+                "output folder, or remove it"
+            )
     out.mkdir(parents=True, exist_ok=True)
+    for folder in {output.parent for output in outputs.values()}:
+        remove_leftovers(os.path.realpath(folder))
     done: list[Path] = []
     finished_before = 0
     failed: list[str] = []
-    with record.Record(out, _made_by(transform)) as made:
+    with made:
         try:
             for path, output in tqdm(outputs.items(), unit="image", disable=None):
                 try:
                     if not options.again and made.is_current(path, output):
                         finished_before += 1
                     else:
-                        source = made.source(path)
-                        made.add(source, output, *_normalize(transform, path, output))
+                        _normalize(transform, path, output, made)
                     done.append(path)
                 except Exception as error:
                     if isinstance(error, OSError) and error.errno in FULL:
-                        raise OSError(f"{error}: stopped; the same command goes on from here") from error
+                        go_on = "" if options.again else "; the same command goes on from here"
+                        raise OSError(f"{error}: stopped; what was finished is kept{go_on}") from error
                     failed.append(f"{path}: {_reason(error, path)}")
         finally:
-            before = f", {finished_before} of them by an earlier run" if finished_before else ""
-            print(
-                f"{len(done)} of {len(outputs)} images normalized to {printable(repr(transform.target))} in "
-                f"{printable(str(out))}{before}"
-            )
+            earlier = f", {finished_before} of them by an earlier run" if finished_before else ""
+            count = f"{len(done)} of {len(outputs)}"
+            print(f"{count} images normalized to {transform.target!r} in {printable(str(out))}{earlier}")
             if failed:
                 print(f"{len(failed)} failed:", *map(printable, failed), sep="\n  ", file=sys.stderr)
-            if options.overview and done:
-                _write_overview([(path, outputs[path]) for path in done], made, out / OVERVIEW)
+        if options.overview and done:
+            _write_overview([(path, outputs[path]) for path in done], made, out / OVERVIEW)
     return 1 if failed else 0
 
 
@@ -106,21 +119,27 @@ def _made_by(transform: NormalizeStain) -> str:
     digest = hashlib.sha256(str(transform.preserve_white).encode())
     for tensor in transform.state_dict().values():
         digest.update(tensor.cpu().numpy().tobytes())
-    return f"stainnorm {__version__}, {transform.target} {digest.hexdigest()[:12]}"
+    return f"stainnorm {__version__} {transform.target} {digest.hexdigest()[:12]}"
 
 
-def _normalize(transform: NormalizeStain, path: Path, output: Path) -> tuple[float, float]:
-    """Writes the normalized image, its transparency kept, and returns the (a*, b*) that was taken away."""
+def _normalize(transform: NormalizeStain, path: Path, output: Path, made: record.Record) -> None:
+    """Writes the normalized image, its transparency kept, and its line."""
+    source = made.source(path)
     image = images.read(path)
     device = transform.network.device
     colors = pil_to_tensor(image.convert("RGB")).to(device)
     seen = colors if image.mode == "RGB" else pil_to_tensor(images.flatten(image)).to(device)
     offset = transform.estimate_offset(seen)
+    if not offset.isfinite().all():
+        raise ValueError(f"the weights give an offset that is not finite: {offset.tolist()}")
     after = to_pil_image(shift_ab(colors, -offset[1:], transform.preserve_white).cpu())
     if image.mode == "RGBA":
         after.putalpha(image.getchannel("A"))
-    images.write(after, output, like=image)
-    return offset[1].item(), offset[2].item()
+    content = images.encode(after, output.suffix, like=image)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(output) as temporary:
+        temporary.write_bytes(content)
+        made.add(source, output, offset[1].item(), offset[2].item(), temporary)
 
 
 def _reason(error: Exception, path: Path) -> str:
@@ -142,4 +161,6 @@ def _write_overview(pairs: list[tuple[Path, Path]], made: record.Record, path: P
             continue
         shown.append((caption, images.thumbnail(before), images.thumbnail(after)))
     if shown:
-        images.write(images.contact_sheet(shown), path)
+        content = images.encode(images.contact_sheet(shown), path.suffix)
+        with replacing(path) as temporary:
+            temporary.write_bytes(content)

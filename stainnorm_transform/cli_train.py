@@ -22,6 +22,7 @@ from stainnorm_transform import images, weights
 from stainnorm_transform.device import choose_device
 from stainnorm_transform.distributed import rank_and_count
 from stainnorm_transform.estimate import has_tissue, small_copy
+from stainnorm_transform.files import printable
 from stainnorm_transform.training import Report, TrainConfig, error_metrics, offset_errors, print_measured, train
 
 # Without --held-out, one image in this many is held out, and at most this many images.
@@ -182,7 +183,7 @@ def _split(
         more = [f"and {len(unusable) - NAMED} more"] if len(unusable) > NAMED else []
         print(
             f"{len(unusable)} of {len(paths)} images cannot be used and are left out:",
-            *unusable[:NAMED],
+            *map(printable, unusable[:NAMED]),
             *more,
             sep="\n  ",
             file=sys.stderr,

@@ -7,7 +7,6 @@ import functools
 import os
 import stat
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,26 +17,23 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 PREFIX, SUFFIX = ".stainnorm-", ".part"
-# A file younger than this many seconds may not be locked yet.
-LEFTOVER_AGE = 5.0
+# It can only be read by setting it, which other threads would notice later.
+_UMASK = os.umask(0)
+os.umask(_UMASK)
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path beside ``path``, renamed to ``path`` when the block ends and removed when it raises.
 
-    Its suffix is none that anybody looks for. What a killed process left in the folder is removed.
+    Its suffix is none that anybody looks for. What killed processes left in the folder is removed, once.
     """
     path = Path(path)
-    _remove_leftovers(Path(os.path.realpath(path.parent)))
-    handle, name = tempfile.mkstemp(prefix=PREFIX, suffix=SUFFIX, dir=path.parent)
-    temporary = Path(name)
+    remove_leftovers(os.path.realpath(path.parent))
+    handle, temporary = _make(path.parent)
     try:
-        _lock(handle)
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        temporary.chmod(0o666 & ~_UMASK)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -47,23 +43,28 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.close(handle)
 
 
-def _lock(handle: int) -> None:
-    """Marks a temporary file as in use for as long as its process lives, where the file system can."""
-    if not fcntl:
-        os.close(handle)  # Windows renames no open file.
-        return
-    with contextlib.suppress(OSError):
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def _make(folder: Path) -> tuple[int, Path]:
+    """A new file, locked for as long as its process lives, where the file system can."""
+    while True:
+        handle, name = tempfile.mkstemp(prefix=PREFIX, suffix=SUFFIX, dir=folder)
+        if not fcntl:
+            os.close(handle)  # Windows renames no open file.
+            return handle, Path(name)
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(name), os.fstat(handle)):
+                return handle, Path(name)
+        os.close(handle)  # Another process took it for a leftover before it was locked.
 
 
 @functools.cache
-def _remove_leftovers(folder: Path) -> None:
-    """Removes temporary files whose process is no more, once for each folder."""
-    for path in folder.glob(f"{PREFIX}*{SUFFIX}") if fcntl else ():
+def remove_leftovers(folder: str) -> None:
+    """Removes the temporary files in a folder whose process is no more; only looks once."""
+    for path in Path(folder).glob(f"{PREFIX}*{SUFFIX}") if fcntl else ():
         with contextlib.suppress(OSError), path.open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if time.time() - path.stat().st_mtime > LEFTOVER_AGE:
-                path.unlink()
+            path.unlink()
 
 
 def check_regular(path: Path) -> None:
@@ -73,5 +74,5 @@ def check_regular(path: Path) -> None:
 
 
 def printable(text: str) -> str:
-    """Text from file names and files, in which nothing controls the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    """One line of text from file names and files, in which nothing controls the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

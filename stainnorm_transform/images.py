@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import warnings
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from stainnorm_transform.files import check_regular, replacing
+from stainnorm_transform.files import check_regular
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 THUMBNAIL_SIDE = 256
@@ -42,25 +43,25 @@ def plan(inputs: Sequence[Path], out: Path, reserved: Sequence[str] = ()) -> dic
         ValueError: no image, ``out`` is a file, two images for one output, or an output that is an input or reserved.
         OSError: a folder cannot be read.
     """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"expected a folder to write to, got the file {out}")
+    if os.path.lexists(out) and not out.is_dir():
+        raise ValueError(f"expected a folder to write to, got {out}, which is none")
     outputs = {path: out / below for path, below in find(inputs, skip=out).items()}
     sources: dict[Path, Path] = {}
-    taken = {out / name for name in reserved}
-    originals = {os.path.realpath(path) for path in outputs}
+    originals = {_identity(path) for path in outputs}
     for path, output in outputs.items():
-        if os.path.realpath(output) in originals:
+        # The same file may have several names, by links, mounts or letter case.
+        if os.path.exists(output) and _identity(output) in originals:
             raise ValueError(f"{output} is an input and would be overwritten: choose another output folder")
         if output in sources:
             raise ValueError(f"{sources[output]} and {path} would both be written to {output}: use two output folders")
-        if output in taken:
+        if output.relative_to(out).parts[0] in reserved:
             raise ValueError(f"{path} would be written to {output}, which is for something else: rename it")
         sources[output] = path
     return outputs
 
 
 def find(inputs: Sequence[Path], skip: Path | None = None) -> dict[Path, Path]:
-    """The images among files and in folders, searched recursively: absolute path -> path below its input folder.
+    """The images among files and in folders, searched recursively: real path -> path below its input folder.
 
     Args:
         inputs: images and folders.
@@ -71,23 +72,35 @@ def find(inputs: Sequence[Path], skip: Path | None = None) -> dict[Path, Path]:
         OSError: a folder cannot be read.
     """
     found: dict[Path, Path] = {}
+    real = functools.cache(os.path.realpath)
+    skipped = _identity(skip) if skip and skip.exists() else None
     for given in inputs:
         if not given.exists():
             raise ValueError(f"{given} does not exist")
-        for path in _walk(given, os.path.realpath(skip) if skip else None) if given.is_dir() else [given]:
+        for path in _walk(given, skipped) if given.is_dir() else [given]:
             below = path.relative_to(given) if given.is_dir() else Path(path.name)
-            found.setdefault(Path(os.path.abspath(path)), below)
+            # Not abspath, for which link/../a is ./a.
+            found.setdefault(Path(real(path.parent), path.name), below)
     if not found:
         raise ValueError(f"no images ({', '.join(SUFFIXES)}) in {', '.join(str(given) for given in inputs)}")
     return found
 
 
-def _walk(folder: Path, skip: str | None) -> Iterator[Path]:
+def _identity(path: str | os.PathLike[str]) -> object:
+    """What tells whether two paths lead to one file."""
+    try:
+        state = os.stat(path)
+    except OSError:  # It is missing, or a link that leads nowhere or to itself.
+        return os.path.realpath(path)
+    return state.st_dev, state.st_ino
+
+
+def _walk(folder: Path, skip: object) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise error
 
     for where, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(name for name in folders if os.path.realpath(os.path.join(where, name)) != skip)
+        folders[:] = sorted(name for name in folders if skip is None or _identity(os.path.join(where, name)) != skip)
         for name in sorted(files):
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
                 yield Path(where) / name
@@ -182,21 +195,19 @@ def flatten(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, image).convert("RGB")
 
 
-def write(image: Image.Image, path: Path, like: Image.Image | None = None) -> None:
-    """Writes an image, whole or not at all, with the resolution, ICC profile and EXIF data of ``like``.
+def encode(image: Image.Image, suffix: str, like: Image.Image | None = None) -> bytes:
+    """The content of an image file, with the resolution, ICC profile and EXIF data of ``like``.
 
     JPEG is written at quality 95 without chroma subsampling, TIFF with lossless compression.
     """
-    suffix = path.suffix.lower()
+    suffix = suffix.lower()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd metadata
         options = _options(suffix, like)
-    # In memory first: the codecs report a full disk in ways of their own.
+    # Not to a file: the codecs report a full disk in ways of their own.
     content = io.BytesIO()
     image.save(content, format=Image.registered_extensions()[suffix], **options)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_bytes(content.getbuffer())
+    return content.getvalue()
 
 
 def _options(suffix: str, like: Image.Image | None) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
-import datetime
 import errno
 import io
+import math
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -19,17 +20,18 @@ FIELDS = (
     "offset_b",
     "made_by",
     "input_bytes",
-    "input_modified",
+    "input_mtime_ns",
     "output_bytes",
-    "output_modified",
+    "output_mtime_ns",
 )
+Source = tuple[str, str, str, str]
 
 
 class Record:
-    """``offsets.csv`` of a folder: a line for each image, added as soon as the image is there.
+    """``offsets.csv`` of a folder: a line for each image, added before the image gets its name.
 
     A killed run loses no line, and several runs can write to one folder: lines are only ever added, each at once. If
-    an image was made several times, its last line counts.
+    an image was made several times, its last line counts. Within ``with`` lines can be added.
 
     Args:
         folder: of the images.
@@ -45,47 +47,59 @@ class Record:
         self.made_by = made_by
         self.path = folder / NAME
         self.lines: dict[str, list[str]] = {}
-        # Binary, as Windows would translate line ends.
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
-        self.handle = os.open(self.path, flags, 0o666)
-        try:
+        self.handle = -1
+        if os.path.lexists(self.path):
             self._read()
-        except BaseException:
-            os.close(self.handle)
-            raise
 
     def _read(self) -> None:
-        with self.path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        with open(self._open(os.O_RDONLY), newline="", encoding="utf-8", errors="surrogateescape") as file:
             try:
                 rows = csv.reader(file)
                 first = next(rows, None)
                 if first is not None and tuple(first) != FIELDS:
                     raise ValueError(f"expected the header {','.join(FIELDS)}, got {','.join(first)[:200]}")
                 for row in rows:
+                    # Others are of a full disk.
                     if len(row) == len(FIELDS):
-                        self.lines[row[1]] = row
+                        self.lines[row[1]] = row if _is_number(row[2]) and _is_number(row[3]) else [""] * len(FIELDS)
             except (csv.Error, ValueError) as error:
                 raise ValueError(
                     f"{self.path} is not a record of this version, and is not replaced: move it, or choose another "
                     f"output folder ({error})"
                 ) from error
-        if first is None:
-            self._append(FIELDS)
-        elif not self._ends_a_line():
-            self._write(b"\n")
 
-    def _ends_a_line(self) -> bool:
-        with self.path.open("rb") as file:
-            file.seek(-1, os.SEEK_END)
-            return file.read() == b"\n"
+    def _open(self, flags: int) -> int:
+        # No links, as lines would be added to what they lead to, and no pipes; Windows has neither, but two line ends.
+        flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        handle = os.open(self.path, flags, 0o666)
+        state = os.fstat(handle)
+        if not stat.S_ISREG(state.st_mode) or state.st_nlink > 1:
+            os.close(handle)
+            raise ValueError(f"{self.path} is not a file of its own, and is not replaced: move it")
+        return handle
 
     def __enter__(self) -> Record:
+        self.handle = self._open(os.O_RDWR | os.O_APPEND | os.O_CREAT)
+        try:
+            if not (size := os.fstat(self.handle).st_size):
+                self._append(FIELDS)
+            else:
+                os.lseek(self.handle, size - 1, os.SEEK_SET)
+                if os.read(self.handle, 1) != b"\n":
+                    self._write(b"\r\n")
+        except BaseException:
+            os.close(self.handle)
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         os.close(self.handle)
+
+    def has(self, output: Path) -> bool:
+        """Whether there is a line for this file: whether it is a result, and may be replaced."""
+        return self._name(output) in self.lines
 
     def is_current(self, path: Path, output: Path) -> bool:
         """Whether ``output`` is there as it was made, from ``path`` as it is now, in the same way.
@@ -97,7 +111,7 @@ class Record:
             return False
         return [line[0], *line[4:]] == [*self.source(path), *_state(output)]
 
-    def source(self, path: Path) -> tuple[str, str, str, str]:
+    def source(self, path: Path) -> Source:
         """What an image would be made from and by: path, ``made_by``, bytes, and time of the last change.
 
         Raises:
@@ -105,10 +119,10 @@ class Record:
         """
         return str(path), self.made_by, *_state(path)
 
-    def add(self, source: tuple[str, str, str, str], output: Path, a: float, b: float) -> None:
-        """Adds the line of an image that was written, with the offset that was taken from it."""
+    def add(self, source: Source, output: Path, a: float, b: float, temporary: Path) -> None:
+        """Adds the line of an image that lies in ``temporary`` and becomes ``output``, with the offset that it lost."""
         path, *how = source
-        line = [path, self._name(output), f"{a:.3f}", f"{b:.3f}", *how, *_state(output)]
+        line = [path, self._name(output), f"{a:.3f}", f"{b:.3f}", *how, *_state(temporary)]
         self._append(line)
         self.lines[self._name(output)] = line
 
@@ -122,20 +136,27 @@ class Record:
 
     def _append(self, row: Sequence[str]) -> None:
         line = io.StringIO(newline="")
-        csv.writer(line, lineterminator="\n").writerow(row)
+        csv.writer(line).writerow(row)
         self._write(line.getvalue().encode(errors="surrogateescape"))
 
     def _write(self, line: bytes) -> None:
         size = os.fstat(self.handle).st_size
-        written = os.write(self.handle, line)
+        try:
+            written = os.write(self.handle, line)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         if written < len(line):
             os.ftruncate(self.handle, size)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
 
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
 def _state(path: Path) -> tuple[str, str]:
-    """Bytes, and time of the last change in UTC, to the nanosecond."""
     state = path.stat()
-    seconds, nanoseconds = divmod(state.st_mtime_ns, 10**9)
-    moment = datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=seconds)
-    return str(state.st_size), f"{moment.isoformat()}.{nanoseconds:09}Z"
+    return str(state.st_size), str(state.st_mtime_ns)

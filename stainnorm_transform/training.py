@@ -18,6 +18,7 @@ from stainnorm_transform.color import fade, random_offset, rgb_to_lab, shift_bat
 from stainnorm_transform.crops import Batch, batches, crop_colors, each_image
 from stainnorm_transform.distributed import from_first, mean_over_processes, parallel, rank_and_count
 from stainnorm_transform.estimate import has_tissue, mean_offset, small_copy, sums_of_copies
+from stainnorm_transform.files import check_regular
 from stainnorm_transform.network import ColorNormNet
 
 
@@ -158,7 +159,10 @@ def train(
     start = 0
     if checkpoint is not None:
         path = Path(checkpoint)
-        content = from_first(path.read_bytes() if rank == 0 and path.exists() else None, torch.device(device))
+        is_there = rank == 0 and path.exists()
+        if is_there:
+            check_regular(path)
+        content = from_first(path.read_bytes() if is_there else None, torch.device(device))
         colors = crop_colors(images, config)
         if content is not None:
             try:

@@ -1,6 +1,7 @@
 """What is there after a kill, on a full disk, and with two runs at a time; and what the next run does."""
 
 import csv
+import errno
 import fcntl
 import os
 import signal
@@ -16,7 +17,8 @@ from PIL import Image
 from render_tiles import render_tile
 from torchvision.transforms.v2.functional import to_pil_image
 
-from stainnorm_transform import TrainConfig, files, images, record, weights
+from stainnorm_transform import TrainConfig, __version__, files, images, record, weights
+from stainnorm_transform.cli import main
 from stainnorm_transform.estimate import estimate_offset
 
 COMMAND = [sys.executable, "-c", "import sys; from stainnorm_transform.cli import main; sys.exit(main())", "normalize"]
@@ -24,7 +26,7 @@ COMMAND = [sys.executable, "-c", "import sys; from stainnorm_transform.cli impor
 
 @pytest.fixture(autouse=True)
 def as_a_new_process():
-    files._remove_leftovers.cache_clear()
+    files.remove_leftovers.cache_clear()
 
 
 @pytest.fixture
@@ -58,11 +60,6 @@ def check_all_whole(out, tiles, normalize):
     assert {path.name for path in out.iterdir()} == {tile.name for tile in tiles} | {"offsets.csv"}
 
 
-def age_leftovers(out):
-    for path in out.glob(f"{files.PREFIX}*"):
-        os.utime(path, (0, 0))
-
-
 @pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
 def test_after_a_kill_every_image_is_whole_and_the_next_run_does_the_rest(
     start, run, tmp_path, random_normalize, capsys, count
@@ -78,17 +75,15 @@ def test_after_a_kill_every_image_is_whole_and_the_next_run_does_the_rest(
         assert process.wait() == -signal.SIGKILL
         for path in out.glob("*.png"):
             assert read(path).shape == (3, 64, 64)
-        # The kill may fall between an image and its line.
-        assert goal - 1 <= len({row["output"] for row in rows(out)}) <= len(list(out.glob("*.png"))) < count
+        # The kill may fall between the line of an image and its name.
+        assert goal <= len(list(out.glob("*.png"))) <= len({row["output"] for row in rows(out)}) < count
         seen = goal
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
-    listed = {row["output"] for row in rows(out)}
-    age_leftovers(out)
     assert run(tmp_path / "in") == 0
     assert f"{count} of {count} images normalized to 'test'" in (text := capsys.readouterr().out)
-    assert f"{len(listed)} of them by an earlier run" in text
+    assert f"{len(before)} of them by an earlier run" in text
     check_all_whole(out, tiles, random_normalize)
-    assert all((out / name).stat().st_mtime_ns == before[name] for name in listed)
+    assert all((out / name).stat().st_mtime_ns == time for name, time in before.items())
 
 
 @pytest.fixture
@@ -104,7 +99,7 @@ def small_disk(tmp_path):
         subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
 
     yield folder, remount
-    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_a_full_disk_stops_the_run_and_loses_nothing(run, tmp_path, small_disk, random_normalize, capsys):
@@ -129,7 +124,7 @@ def test_a_full_disk_is_told_from_a_bad_file(run, tmp_path, monkeypatch, capsys)
     def full(*_, **__):
         raise OSError(28, "No space left on device", "x.png")
 
-    monkeypatch.setattr(images, "write", full)
+    monkeypatch.setattr(images, "encode", full)
     assert run(tmp_path / "in") == 2
     captured = capsys.readouterr()
     assert "0 of 3 images" in captured.out
@@ -138,14 +133,14 @@ def test_a_full_disk_is_told_from_a_bad_file(run, tmp_path, monkeypatch, capsys)
 
 def test_no_line_is_cut_by_a_full_disk(tmp_path, monkeypatch):
     made = record.Record(tmp_path, "test")
-    output = tmp_path / "a.png"
-    save(output)
-    before = (tmp_path / "offsets.csv").read_bytes()
-    write = os.write
-    monkeypatch.setattr(os, "write", lambda handle, line: write(handle, line[:5]))
-    with pytest.raises(OSError, match="No space left on device"):
-        made.add(made.source(output), output, 1, 2)
-    assert (tmp_path / "offsets.csv").read_bytes() == before
+    output = save(tmp_path / "a.png")
+    with made:
+        before = (tmp_path / "offsets.csv").read_bytes()
+        write = os.write
+        monkeypatch.setattr(os, "write", lambda handle, line: write(handle, line[:5]))
+        with pytest.raises(OSError, match=r"No space left on device: .*offsets\.csv"):
+            made.add(made.source(output), output, 1, 2, output)
+        assert (tmp_path / "offsets.csv").read_bytes() == before
 
 
 def test_a_read_only_folder_is_named(run, tmp_path, small_disk, capsys):
@@ -233,7 +228,7 @@ def test_two_runs_into_one_folder(start, run, tmp_path, random_normalize, capsys
     assert "30 of them by an earlier run" in capsys.readouterr().out
 
 
-def test_only_what_changed_is_done_again(run, tmp_path, trained, random_normalize, capsys):
+def test_only_what_changed_is_done_again(run, tmp_path, trained, random_normalize, capsys, monkeypatch):
     tiles, out = make_tiles(tmp_path / "in", 5), tmp_path / "out"
 
     def done(options=()):
@@ -251,8 +246,9 @@ def test_only_what_changed_is_done_again(run, tmp_path, trained, random_normaliz
     os.utime(tiles[1], ns=(state.st_atime_ns, state.st_mtime_ns))
     (out / tiles[2].name).unlink()
     with (out / tiles[3].name).open("r+b") as file:
-        file.truncate(100)
+        file.write(b"damaged, and as long as before")
     assert done() == everything[:4]
+    assert done() == []
     assert torch.equal(read(out / tiles[0].name), random_normalize(render_tile(9, 64)))
     assert done(["--again"]) == everything
     with torch.no_grad():
@@ -264,7 +260,11 @@ def test_only_what_changed_is_done_again(run, tmp_path, trained, random_normaliz
         assert [float(row["offset_a"]), float(row["offset_b"])] == pytest.approx(offset[1:].tolist(), abs=1e-3)
     made_by = {row["made_by"] for row in rows(out)}
     assert len(made_by) == 2
-    assert all(name.startswith("stainnorm 0") for name in made_by)
+    assert all(name.startswith(f"stainnorm {__version__} test ") for name in made_by)
+    with monkeypatch.context() as patched:
+        patched.setattr("stainnorm_transform.cli_normalize.__version__", "99")
+        assert done() == everything
+    assert done() == everything
 
 
 def test_another_image_for_the_same_place_is_made(run, tmp_path, random_normalize):
@@ -303,23 +303,29 @@ def test_a_line_that_was_cut_is_done_again(run, tmp_path, capsys):
     assert run(tmp_path / "in") == 0
     assert "2 of them by an earlier run" in capsys.readouterr().out
     assert [row["output"] for row in rows(out)] == [*(tile.name for tile in tiles), tiles[2].name]
+    table = rows(out)
+    table[0]["offset_a"], table[1]["offset_b"] = "1;5", "nan"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, record.FIELDS)
+        writer.writeheader()
+        writer.writerows(table)
+    capsys.readouterr()
+    assert run(tmp_path / "in", options=["--overview"]) == 0
+    assert "1 of them by an earlier run" in capsys.readouterr().out
 
 
 def test_leftovers_of_killed_runs_go_and_files_in_use_stay(tmp_path):
-    old, new, used = (tmp_path / f"{files.PREFIX}{name}{files.SUFFIX}" for name in ("old", "new", "used"))
-    for path in (old, new, used):
+    left, used = (tmp_path / f"{files.PREFIX}{name}{files.SUFFIX}" for name in ("left", "used"))
+    for path in (left, used):
         path.write_bytes(b"x")
-    for path in (old, used):
-        os.utime(path, (0, 0))
     with used.open("r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with files.replacing(tmp_path / "a.png") as temporary:
             temporary.write_bytes(b"y")
-            os.utime(temporary, (0, 0))
-            files._remove_leftovers.cache_clear()
+            files.remove_leftovers.cache_clear()
             with files.replacing(tmp_path / "b.png") as other:
                 other.write_bytes(b"z")
-    assert {path.name for path in tmp_path.iterdir()} == {new.name, used.name, "a.png", "b.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {used.name, "a.png", "b.png"}
 
 
 def test_what_is_no_regular_file_is_refused_at_once(run, tmp_path, capsys):
@@ -346,13 +352,178 @@ def test_what_is_no_regular_file_is_refused_at_once(run, tmp_path, capsys):
     assert "expected a regular file" in capsys.readouterr().err
 
 
+def test_originals_in_the_output_folder_are_not_replaced(run, tmp_path, capsys):
+    save(tmp_path / "in/a.png")
+    original = save(tmp_path / "in/s/a.png", to_pil_image(render_tile(1, 20)))
+    before = original.read_bytes()
+    assert run(tmp_path / "in", out="in/s") == 2
+    assert "in/s/a.png, which is there and was not made by this command" in capsys.readouterr().err
+    assert original.read_bytes() == before
+    assert [path.name for path in original.parent.iterdir()] == ["a.png"]
+
+
+def test_the_input_by_another_path_is_not_replaced(run, tmp_path, capsys):
+    path = save(tmp_path / "in/a.png")
+    before = path.read_bytes()
+    (tmp_path / "mounted").mkdir()
+    if subprocess.run(
+        ["mount", "--bind", tmp_path / "in", tmp_path / "mounted"], capture_output=True, check=False
+    ).returncode:
+        pytest.skip("a folder can be mounted by root only")
+    try:
+        assert run(path, out="mounted") == 2
+        assert "is an input and would be overwritten" in capsys.readouterr().err
+        assert run(tmp_path / "in", out="mounted") == 2
+    finally:
+        subprocess.run(["umount", "-l", tmp_path / "mounted"], check=True)
+    assert path.read_bytes() == before
+
+
+def test_a_path_through_a_link_is_followed_as_the_system_does(run, tmp_path, random_normalize, monkeypatch):
+    save(tmp_path / "in/a.png")
+    save(tmp_path / "other/in/a.png", to_pil_image(render_tile(3)))
+    (tmp_path / "other/folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "other/folder")
+    monkeypatch.chdir(tmp_path)
+    assert run("link/../in") == 0
+    assert torch.equal(read(tmp_path / "out/a.png"), random_normalize(render_tile(3)))
+
+
+def test_the_same_folder_by_another_path_is_finished(run, tmp_path, monkeypatch, capsys):
+    make_tiles(tmp_path / "in", 3)
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    monkeypatch.chdir(tmp_path)
+    assert run(tmp_path / "in") == run("in") == run("link") == run("./in/../link") == 0
+    assert capsys.readouterr().out.count("3 of them by an earlier run") == 3
+
+
+def test_an_empty_name_is_no_folder(trained, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["normalize", str(save(tmp_path / "a.png")), "--out", "", "--weights", str(trained)])
+    assert "expected a folder, got an empty name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["symlink", "hard link", "pipe", "nowhere"])
+def test_the_record_is_no_way_to_other_files(run, tmp_path, capsys, kind):
+    path = save(tmp_path / "a.png")
+    (tmp_path / "other").write_bytes(b"")
+    (tmp_path / "out").mkdir()
+    where = tmp_path / "out/offsets.csv"
+    if kind == "symlink":
+        where.symlink_to(tmp_path / "other")
+    elif kind == "hard link":
+        where.hardlink_to(tmp_path / "other")
+    elif kind == "pipe":
+        os.mkfifo(where)
+    else:
+        where.symlink_to(tmp_path / "nowhere")
+    signal.alarm(60)
+    assert run(path) == 2
+    signal.alarm(0)
+    assert "offsets.csv" in capsys.readouterr().err
+    assert (tmp_path / "other").read_bytes() == b""
+    assert not (tmp_path / "nowhere").exists()
+    assert list((tmp_path / "out").iterdir()) == [where]
+
+
+def test_the_last_of_two_runs_with_other_weights_counts(run, tmp_path, trained, random_normalize, monkeypatch, capsys):
+    """The other run gives its image the name between the line and the name of ours."""
+    path = save(tmp_path / "a.png")
+    with torch.no_grad():
+        random_normalize.network.head.bias += 0.1
+    weights.save(random_normalize.network, tmp_path / "b.safetensors", TrainConfig(), target="b")
+    add = record.Record.add
+
+    def interrupted(self, *arguments):
+        add(self, *arguments)
+        with monkeypatch.context() as patched:
+            patched.setattr(record.Record, "add", add)
+            assert run(path, options=["--weights", str(tmp_path / "b.safetensors")]) == 0
+
+    with monkeypatch.context() as patched:
+        patched.setattr(record.Record, "add", interrupted)
+        assert run(path) == 0
+    capsys.readouterr()
+    # The file is ours, and the last line that of the other: neither takes it for its own.
+    for chosen in (trained, tmp_path / "b.safetensors"):
+        assert run(path, options=["--weights", str(chosen)]) == 0
+        assert "earlier" not in capsys.readouterr().out
+    assert torch.equal(read(tmp_path / "out/a.png"), random_normalize(render_tile()))
+
+
+def test_an_input_that_changes_meanwhile_is_done_again(run, tmp_path, monkeypatch, capsys):
+    path = save(tmp_path / "a.png")
+    encode = images.encode
+
+    def change(*arguments, **options):
+        save(path, to_pil_image(render_tile(5)))
+        return encode(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(images, "encode", change)
+        assert run(path) == 0
+    assert run(path) == 0
+    assert "earlier" not in capsys.readouterr().out
+
+
+def test_results_have_the_permissions_of_new_files(start, tmp_path):
+    tile = save(tmp_path / "in/a.png")
+    before = os.umask(0o027)
+    try:
+        assert start(tile).wait() == 0
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out/a.png").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("number", ["ENOSPC", "EDQUOT", "EROFS"])
+def test_what_every_image_would_meet_stops_the_run(run, tmp_path, monkeypatch, capsys, number):
+    make_tiles(tmp_path / "in", 3)
+
+    def fail(*_, **__):
+        raise OSError(getattr(errno, number), "no", "x.png")
+
+    monkeypatch.setattr(images, "encode", fail)
+    for options, told in (((), True), (("--again", "--overview"), False)):
+        assert run(tmp_path / "in", options=options) == 2
+        error = capsys.readouterr().err
+        assert "stopped; what was finished is kept" in error
+        assert ("goes on from here" in error) == told
+
+
+def test_odd_names_are_finished_by_one_run(run, tmp_path, capsys):
+    names = ["a,b.png", 'a"b.png', "a\nb.png", "a\rb.png", " a.png", os.fsdecode(b"\xe9.png"), "=1+1.png"]
+    for name in names:
+        save(tmp_path / "in" / name)
+    assert run(tmp_path / "in") == 0
+    assert run(tmp_path / "in") == 0
+    assert f"{len(names)} of them by an earlier run" in capsys.readouterr().out
+
+
+def test_absurd_times(run, tmp_path, capsys):
+    path = save(tmp_path / "a.png")
+    for moment in (0, 10**9, 2**33):
+        os.utime(path, (moment, moment))
+        assert run(path) == run(path) == 0
+        assert capsys.readouterr().out.count("1 of them by an earlier run") == 1
+
+
 def test_names_do_not_control_the_terminal(run, tmp_path, capsys):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/\x1b[2Jü.png").write_bytes(b"")
+    (tmp_path / "in/b\n0 failed.png").write_bytes(b"")
     assert run(tmp_path / "in", out="\x1b]0;x\x07") == 1
     captured = capsys.readouterr()
     assert "\x1b" not in captured.out + captured.err
     assert "\\x1b[2Jü.png: cannot identify" in captured.err
+    assert "b\\n0 failed.png: cannot identify" in captured.err
+    with pytest.raises(SystemExit):
+        main(["normalize", "--\x1b[2J.png", "--out", "x"])
+    save(tmp_path / "in/a.png")
+    assert main(["train", str(tmp_path / "in"), "--out", str(tmp_path / "w.safetensors"), "--iterations", "1"]) == 0
+    captured = capsys.readouterr()
+    assert "\x1b[2J" not in captured.out + captured.err
+    assert "\\x1b[2J" in captured.out + captured.err
 
 
 def test_names_beyond_the_encoding_of_the_terminal(trained, tmp_path):

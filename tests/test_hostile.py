@@ -185,10 +185,10 @@ class Trap:
         return (pytest.fail, ("a pickle was run",))
 
 
-GOOD_WEIGHTS = safetensors.torch.save(
-    ColorNormNet().state_dict(),
-    {"stainnorm_transform": json.dumps({"format": weights.FORMAT, "target": "t", "config": {"preserve_white": True}})},
-)
+METADATA = {
+    "stainnorm_transform": json.dumps({"format": weights.FORMAT, "target": "t", "config": {"preserve_white": True}})
+}
+GOOD_WEIGHTS = safetensors.torch.save(ColorNormNet().state_dict(), METADATA)
 
 
 def load(folder, content):
@@ -271,6 +271,26 @@ HOSTILE = {
     "deep metadata": safetensors.torch.save({}, {"stainnorm_transform": "[" * 100_000}),
     "a number of 10,000 digits": safetensors.torch.save({}, {"stainnorm_transform": "1" * 10_000}),
     "other text": safetensors.torch.save({}, {"stainnorm_transform": "\x00\x1b[2J"}),
+    "too large for float32": safetensors.torch.save(
+        {**ColorNormNet().state_dict(), "stem.bias": torch.full((3,), 1e300, dtype=torch.float64)}, METADATA
+    ),
+    "an overflow in the network": safetensors.torch.save(
+        {**ColorNormNet().state_dict(), "head.weight": torch.full((3, 3, 3, 3), 3e38)}, METADATA
+    ),
+    "a negative variance": safetensors.torch.save(
+        {
+            name: -tensor if name.endswith("running_var") else tensor
+            for name, tensor in ColorNormNet().state_dict().items()
+        },
+        METADATA,
+    ),
+    "complex": safetensors.torch.save(
+        {**ColorNormNet().state_dict(), "stem.bias": torch.zeros(3, dtype=torch.complex64)}, METADATA
+    ),
+    "an unprintable target": safetensors.torch.save(
+        ColorNormNet().state_dict(),
+        {"stainnorm_transform": METADATA["stainnorm_transform"].replace('"t"', r'"\ud800"')},
+    ),
     "two of a name": struct.pack("<Q", 40) + b'{"a":{},"a":{},"__metadata__":{}}       ',
 }
 
@@ -317,7 +337,7 @@ def test_damaged_records(tmp_path_factory, data):
     try:
         with Record(folder, "test") as made:
             assert not made.is_current(path, output)
-            made.add(made.source(path), output, 1, 2)
+            made.add(made.source(path), output, 1, 2, output)
             assert made.is_current(path, output)
         count("read")
     except ValueError as error:

@@ -141,7 +141,7 @@ def damage(kind: str, good: bytes) -> bytes:
         ("missing tensor", r"Missing key\(s\).*stem\.weight"),
         ("extra tensor", "Unexpected key"),
         ("wrong shape", "size mismatch for stem.weight"),
-        ("nan", "finite"),
+        ("nan", "finite weights"),
         ("no metadata", "ColorNormNet"),
         ("bad json", "ColorNormNet"),
         ("unknown fields", "ColorNormNet"),

@@ -102,24 +102,28 @@ def load(name_or_path: str | os.PathLike[str] = DEFAULT) -> Weights:
         raise ValueError(f"expected a safetensors file, got {path}: {error}") from error
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         # Among them those of deep JSON and of numbers with too many digits.
-        raise ValueError(f"expected the weights of a ColorNormNet, got {path}: {error}") from error
+        text = " ".join(str(error).split())
+        raise ValueError(f"expected the weights of a ColorNormNet, got {path}: {text}") from error
     if weights is None:
         raise ValueError(f"{path} has format {number!r}, this version of the package reads {FORMAT}: train it again")
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise ValueError(f"expected finite weights, got NaN or infinity in {path}")
     return weights
 
 
 def _build(tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> Weights:
     if any(tensor.is_complex() for tensor in tensors.values()):
         raise TypeError("its tensors are not all real")
-    network = ColorNormNet().float()
-    network.load_state_dict(tensors)
-    weights = Weights(network.eval().requires_grad_(False), **metadata)
+    with torch.device("cpu"), torch.no_grad():
+        network = ColorNormNet().float()
+        network.load_state_dict(tensors)
+        weights = Weights(network.eval().requires_grad_(False), **metadata)
+        # Finite weights may give offsets that are not, and so may a variance below 0.
+        offset = network(torch.tensor([50.0, 20.0, -10.0], dtype=torch.float32).view(1, 3, 1, 1).expand(1, 3, 8, 8))
+    if not all(tensor.isfinite().all() for tensor in network.state_dict().values()) or not offset.abs().max() < 1000:
+        raise ValueError("expected finite weights, and offsets below 1000 Lab units")
     if not isinstance(weights.config["preserve_white"], bool):
         raise TypeError("config.preserve_white is not a bool")
-    if not isinstance(weights.target, str):
-        raise TypeError("target is not a string")
+    if not isinstance(weights.target, str) or not weights.target.isprintable():
+        raise TypeError("target is not a string that can be printed")
     return weights
 
 
