@@ -67,6 +67,20 @@ def remove_leftovers(folder: str) -> None:
             path.unlink()
 
 
+@contextmanager
+def locked(handle: int) -> Iterator[None]:
+    """Keeps others who lock this open file waiting, where the file system can."""
+    if fcntl:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if fcntl:
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_UN)
+
+
 def check_regular(path: Path) -> None:
     """Raises OSError where nothing can be read, ValueError for a pipe or a device, which might never end."""
     if not stat.S_ISREG(path.stat().st_mode):

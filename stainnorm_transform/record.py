@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+from stainnorm_transform.files import locked
+
 NAME = "offsets.csv"
 FIELDS = (
     "input",
@@ -81,12 +83,13 @@ class Record:
     def __enter__(self) -> Record:
         self.handle = self._open(os.O_RDWR | os.O_APPEND | os.O_CREAT)
         try:
-            if not (size := os.fstat(self.handle).st_size):
-                self._append(FIELDS)
-            else:
-                os.lseek(self.handle, size - 1, os.SEEK_SET)
-                if os.read(self.handle, 1) != b"\n":
-                    self._write(b"\r\n")
+            with locked(self.handle):
+                if not (size := os.fstat(self.handle).st_size):
+                    self._append(FIELDS)
+                else:
+                    os.lseek(self.handle, size - 1, os.SEEK_SET)
+                    if os.read(self.handle, 1) != b"\n":
+                        self._write(b"\r\n")
         except BaseException:
             os.close(self.handle)
             raise
@@ -123,7 +126,8 @@ class Record:
         """Adds the line of an image that lies in ``temporary`` and becomes ``output``, with the offset that it lost."""
         path, *how = source
         line = [path, self._name(output), f"{a:.3f}", f"{b:.3f}", *how, *_state(temporary)]
-        self._append(line)
+        with locked(self.handle):
+            self._append(line)
         self.lines[self._name(output)] = line
 
     def offset(self, output: Path) -> tuple[float, float]:
