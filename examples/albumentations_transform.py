@@ -14,6 +14,8 @@ from PIL import Image
 
 from stainnorm_transform import NormalizeStain, weights
 
+TILES = Path(__file__).parent / "tiles"
+
 
 def normalize_array(normalize: NormalizeStain, image: np.ndarray) -> np.ndarray:
     """RGB (H, W, 3), uint8 or float in [0, 1], to the same."""
@@ -46,7 +48,7 @@ class Stain(A.ImageOnlyTransform):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tile", type=Path, default="examples/tiles/lab_a/tile_1.png")
+    parser.add_argument("--tile", type=Path, default=TILES / "lab_a/tile_1.png")
     options = parser.parse_args()
     image = np.array(Image.open(options.tile).convert("RGB"))
     mask = (image.mean(axis=2) < 128).astype(np.uint8)

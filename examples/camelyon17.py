@@ -12,11 +12,17 @@ from torch import Tensor
 CENTERS = range(5)
 
 
+def _folder(text: str) -> Path:
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is no folder: set STAINNORM_DATA or --data, see weights/README.md")
+    return Path(text)
+
+
 def add_data_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
-        type=Path,
-        default=Path(os.environ.get("STAINNORM_DATA", "../shared/data")),
+        type=_folder,
+        default=os.environ.get("STAINNORM_DATA", "../shared/data"),
         help="folder with camelyon17/center_0 ... center_4 (default: $STAINNORM_DATA or ../shared/data)",
     )
 

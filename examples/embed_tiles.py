@@ -30,6 +30,8 @@ from torchvision.transforms import v2
 
 from stainnorm_transform import NormalizeStain
 
+TILES = Path(__file__).parent / "tiles"
+
 Transform = Callable[[Image.Image], Tensor]
 
 
@@ -70,7 +72,7 @@ def embed(encoder: nn.Module, paths: Sequence[Path], transform: Transform, worke
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--slides", type=Path, default="examples/tiles", help="folder with one folder of tiles a slide")
+    parser.add_argument("--slides", type=Path, default=TILES, help="folder with one folder of tiles a slide")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for one .safetensors file a slide")
     parser.add_argument("--model", default="vit_tiny_patch16_224", help="name in timm (default: %(default)s)")
     parser.add_argument("--pretrained", action="store_true", help="timm's weights, which are downloaded")

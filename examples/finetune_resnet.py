@@ -19,6 +19,8 @@ from torchvision.transforms import v2
 
 from stainnorm_transform import NormalizeStain
 
+TILES = Path(__file__).parent / "tiles"
+
 
 def build(num_classes: int, pretrained: bool = False) -> nn.Sequential:
     """Takes float images in [0, 1]: no mean and std before it."""
@@ -57,7 +59,7 @@ def load(path: Path) -> tuple[nn.Sequential, list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default="examples/tiles", help="folder with one folder a class")
+    parser.add_argument("--data", type=Path, default=TILES, help="folder with one folder a class")
     parser.add_argument("--out", type=Path, metavar="FILE", help="checkpoint to write, .safetensors")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--size", type=int, default=128, help="side of the images (default: %(default)s)")

@@ -14,6 +14,8 @@ from torchvision.transforms import v2
 
 from stainnorm_transform import NormalizeStain
 
+TILES = Path(__file__).parent / "tiles"
+
 
 def by_torchstain(tile: Image.Image, target: Image.Image) -> Tensor:
     """(H, W, 3), int32 in [0, 255]; ``IndexError`` for a blank tile."""
@@ -39,8 +41,8 @@ def describe(image: Tensor) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tile", type=Path, default="examples/tiles/lab_c/tile_1.png")
-    parser.add_argument("--target", type=Path, default="examples/tiles/lab_a/tile_1.png", help="for torchstain")
+    parser.add_argument("--tile", type=Path, default=TILES / "lab_c/tile_1.png")
+    parser.add_argument("--target", type=Path, default=TILES / "lab_a/tile_1.png", help="for torchstain")
     options = parser.parse_args()
     target = Image.open(options.target).convert("RGB")
     tiles = {"tile": Image.open(options.tile).convert("RGB"), "blank tile": Image.new("RGB", (256, 256), "white")}

@@ -17,6 +17,8 @@ from torchvision.transforms import v2
 
 from stainnorm_transform import NormalizeStain
 
+TILES = Path(__file__).parent / "tiles"
+
 
 class Classifier(lightning.LightningModule):
     """Takes float images in [0, 1]. The checkpoint holds the normalizer as well."""
@@ -44,7 +46,7 @@ class Classifier(lightning.LightningModule):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default="examples/tiles", help="folder with one folder a class")
+    parser.add_argument("--data", type=Path, default=TILES, help="folder with one folder a class")
     parser.add_argument("--out", type=Path, default="lightning.ckpt", metavar="FILE", help="checkpoint to write")
     parser.add_argument("--steps", type=int, default=4)
     options = parser.parse_args()

@@ -11,6 +11,8 @@ from monai.transforms import Compose, EnsureChannelFirstd, Lambdad, LoadImaged, 
 
 from stainnorm_transform import NormalizeStain
 
+TILES = Path(__file__).parent / "tiles"
+
 
 def pipeline(normalize: NormalizeStain | None = None) -> Compose:
     """Reads ``{"image": path}`` to a normalized MetaTensor (3, H, W) in [0, 1]."""
@@ -28,7 +30,7 @@ def pipeline(normalize: NormalizeStain | None = None) -> Compose:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiles", type=Path, default="examples/tiles")
+    parser.add_argument("--tiles", type=Path, default=TILES)
     options = parser.parse_args()
     files = [{"image": path} for path in sorted(options.tiles.rglob("*.png"))]
     for batch in DataLoader(Dataset(files, pipeline()), batch_size=4):

@@ -17,6 +17,8 @@ from torchvision.transforms import v2
 
 from stainnorm_transform import NormalizeStain
 
+TILES = Path(__file__).parent / "tiles"
+
 
 def as_layer(model: nn.Module) -> tuple[Callable, nn.Sequential]:
     """The loader's transform, PIL to uint8, and the model for such batches, which normalizes on its device."""
@@ -37,7 +39,7 @@ def in_loader(model: nn.Module) -> tuple[Callable, nn.Module]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_tiny_patch16_224", help="name in timm (default: %(default)s)")
-    parser.add_argument("--tiles", type=Path, default="examples/tiles")
+    parser.add_argument("--tiles", type=Path, default=TILES)
     parser.add_argument("--pretrained", action="store_true", help="timm's weights, which are downloaded")
     options = parser.parse_args()
     torch.manual_seed(0)

@@ -33,7 +33,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Gives H&E images (PNG, JPEG, TIFF; 8-bit RGB or RGBA) the colors of the target. Every image "
         "gets one a*, b* offset of its own, so tiles of one slide may differ a little (for one offset a slide: "
         "NormalizeStain.for_slide in Python). Lightness and white glass (L* > 97) stay, and images without tissue keep "
-        "their pixels. Resolution, ICC profile and transparency are kept. JPEG is written at quality 95 without "
+        "their colors. Resolution, ICC profile and transparency are kept. JPEG is written at quality 95 without "
         "chroma subsampling, TIFF without loss. Whole-slide files are not read, and files of other kinds in a folder "
         "are left out.",
         epilog="DIR/offsets.csv lists each image, by its full path, with the offset that was taken from it; of several "
