@@ -60,8 +60,8 @@ WAYS = [
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join(map(str, way.values())))
 def test_every_way_gives_the_same_batches(way, normalize):
-    # A parent that has computed, with threads and a table, before it forks.
-    transform_module.NormalizeStain(normalize.network, offset=torch.tensor([0.0, 1, 2]))(render_tile(1, 300))
+    # A parent that has computed, with its threads, before it forks.
+    normalize(torch.stack([render_tile(index, 300) for index in range(2)]))
     expected = torch.stack([normalize(render_tile(index, 48)) for index in range(COUNT)])
     loader = DataLoader(Tiles(loading(normalize)), batch_size=4, timeout=120 if way["num_workers"] else 0, **way)
     for _ in range(2):
