@@ -218,7 +218,7 @@ def random_offset(shape: Sequence[int], max_offset: float, generator: torch.Gene
 def check_image(image: Tensor) -> None:
     """Raises TypeError or ValueError unless ``image`` is uint8 or floating point of shape (..., 3, H, W)."""
     if not isinstance(image, Tensor):
-        raise TypeError(f"expected an image tensor, got {type(image).__name__}")
+        raise TypeError(f"expected a tensor, got {type(image).__name__}")
     if image.dtype not in (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(f"expected uint8 in [0, 255] or floating point in [0, 1], got {image.dtype}")
     if image.ndim < 3 or image.shape[-3] != 3 or 0 in image.shape[-2:]:
