@@ -3,6 +3,7 @@
 For minutes of it: pytest tests/test_hostile.py --hypothesis-profile=fuzz --hypothesis-show-statistics
 """
 
+import contextlib
 import io
 import json
 import pickle
@@ -284,15 +285,18 @@ HOSTILE = {
         },
         METADATA,
     ),
-    "complex": safetensors.torch.save(
-        {**ColorNormNet().state_dict(), "stem.bias": torch.zeros(3, dtype=torch.complex64)}, METADATA
-    ),
     "an unprintable target": safetensors.torch.save(
         ColorNormNet().state_dict(),
         {"stainnorm_transform": METADATA["stainnorm_transform"].replace('"t"', r'"\ud800"')},
     ),
     "two of a name": struct.pack("<Q", 40) + b'{"a":{},"a":{},"__metadata__":{}}       ',
 }
+
+
+with contextlib.suppress(KeyError):  # Older versions of safetensors have no complex numbers.
+    HOSTILE["complex"] = safetensors.torch.save(
+        {**ColorNormNet().state_dict(), "stem.bias": torch.zeros(3, dtype=torch.complex64)}, METADATA
+    )
 
 
 @pytest.mark.parametrize("name", HOSTILE)
