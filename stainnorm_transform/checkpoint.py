@@ -77,18 +77,19 @@ def restore(
         metadata: dict[str, Any] = json.loads(bytes(tensors[METADATA].tolist()))
         if metadata["format"] != FORMAT:
             raise ValueError("it is of another version of the package")
-        if not 0 <= metadata["iteration"] <= config.iterations:
-            raise ValueError(f"it ends after {metadata['iteration']} of {config.iterations} iterations")
-        saved_config, iteration, saved_colors = metadata["config"], int(metadata["iteration"]), tensors[COLORS]
+        saved_config, iteration, saved_colors = metadata["config"], metadata["iteration"], tensors[COLORS]
         # JSON has lists for tuples.
         wanted = json.loads(json.dumps(dataclasses.asdict(config)))
         names = sorted(name for name in {*saved_config, *wanted} if saved_config.get(name) != wanted.get(name))
+        # With other settings there is more to say.
+        if not names and not 0 <= iteration <= config.iterations:
+            raise ValueError(f"it ends after {iteration} of {config.iterations} iterations")
         if not names and saved_colors.shape == colors.shape and torch.allclose(saved_colors, colors, atol=1e-3):
             network.load_state_dict(_below(tensors, "network."))
             parameters = dict(network.named_parameters())
             state = {number: _below(tensors, f"optimizer.{name}.") for number, name in enumerate(parameters)}
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-            return iteration
+            return int(iteration)
     except (safetensors.SafetensorError, RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"expected the checkpoint of a training run: {error}") from error
     if names:

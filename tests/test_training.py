@@ -114,6 +114,9 @@ def test_a_checkpoint_of_another_run_or_half_of_one_is_refused(tmp_path):
     whole = checkpoint.read_bytes()
     with pytest.raises(ValueError, match=r"other settings \(learning_rate 0\.01, now 0\.1, seed 0, now 3\)"):
         train(TILES, TrainConfig(**{**vars(SHORT), "seed": 3, "learning_rate": 0.1}), checkpoint=checkpoint)
+    # Fewer iterations than it has done are another setting, not a damaged file.
+    with pytest.raises(ValueError, match=r"other settings \(iterations \d+, now 1\)"):
+        train(TILES, TrainConfig(**{**vars(SHORT), "iterations": 1}), checkpoint=checkpoint)
     with pytest.raises(ValueError, match="the run had other images, or the same in another order"):
         train([render_tile(7, 64)], SHORT, checkpoint=checkpoint)
     assert checkpoint.read_bytes() == whole
