@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, metavar="N", help="take every Nth image (default: all)")
     options = parser.parse_args()
     normalize = NormalizeStain.pretrained(options.weights)
-    paths = [path for folder in FOLDERS for path in sorted(options.data.glob(f"{folder}/*.*"))][:: options.every]
+    paths = find(options.data)[:: options.every]
     moves: dict[str, list[float]] = {name: [] for name in MOVES}
     for path in tqdm(paths, unit="image"):
         image = tile(path)
@@ -47,6 +47,10 @@ def main() -> None:
             + " | ".join(f"{q:.2f}" for q in np.quantile(values, (0.5, 0.9, 0.99, 1)))
             + " |"
         )
+
+
+def find(data: Path) -> list[Path]:
+    return [path for folder in FOLDERS for path in sorted(data.glob(f"{folder}/*.*"))]
 
 
 def tile(path: Path) -> Tensor:
@@ -77,8 +81,9 @@ def _half_size(image: Tensor) -> Tensor:
 def _white_half(normalize: NormalizeStain, image: Tensor) -> Iterator[float]:
     half = image[..., : image.shape[-1] // 2]
     white = torch.cat([half, torch.full_like(half, WHITE)], dim=-1)
-    if normalize.estimate_offset(half).any() and normalize.estimate_offset(white).any():
-        yield float((normalize.estimate_offset(white) - normalize.estimate_offset(half)).norm())
+    before, after = normalize.estimate_offset(half), normalize.estimate_offset(white)
+    if before.any() and after.any():
+        yield float((after - before).norm())
 
 
 def _twice(normalize: NormalizeStain, image: Tensor) -> Iterator[float]:

@@ -14,6 +14,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
 from stainnorm_transform import __version__, images, record, weights
+from stainnorm_transform.cli_options import add_device, add_inputs
 from stainnorm_transform.color import shift_ab
 from stainnorm_transform.device import choose_device
 from stainnorm_transform.files import printable, remove_leftovers, replacing
@@ -42,9 +43,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "weights and the version of the program. Results of images that are gone stay. Files that cannot be normalized "
         "are named at the end, and the exit status is then 1.",
     )
-    parser.add_argument(
-        "inputs", nargs="+", type=Path, metavar="INPUT", help="image, or folder of images, searched with its subfolders"
-    )
+    add_inputs(parser)
     parser.add_argument(
         "--out", required=True, type=_folder, metavar="DIR", help="folder to write to, in the same subfolders"
     )
@@ -54,9 +53,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="NAME|PATH",
         help="the target: a name that 'stainnorm list' shows, or a .safetensors file (default: %(default)s)",
     )
-    parser.add_argument(
-        "--device", help="where to compute: cpu, cuda, cuda:1 (default: cuda if there is one, else cpu)"
-    )
+    add_device(parser)
     parser.add_argument("--again", action="store_true", help="normalize finished images again, too")
     parser.add_argument(
         "--overview",
@@ -86,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
             )
     out.mkdir(parents=True, exist_ok=True)
     for folder in {output.parent for output in outputs.values()}:
-        remove_leftovers(os.path.realpath(folder))
+        remove_leftovers(folder)
     done: list[Path] = []
     finished_before = 0
     failed: list[str] = []

@@ -19,6 +19,7 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from stainnorm_transform import images, weights
+from stainnorm_transform.cli_options import add_device, add_inputs
 from stainnorm_transform.device import choose_device
 from stainnorm_transform.distributed import rank_and_count
 from stainnorm_transform.estimate import has_tissue, small_copy
@@ -43,9 +44,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "there. Images that cannot be used are named and left out. On several devices: torchrun --nproc-per-node COUNT "
         "--no-python stainnorm train ...",
     )
-    parser.add_argument(
-        "inputs", nargs="+", type=Path, metavar="INPUT", help="image, or folder of images, searched with its subfolders"
-    )
+    add_inputs(parser)
     parser.add_argument(
         "--out",
         required=True,
@@ -62,9 +61,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         f"{HELD_OUT_EVERY}, at most {HELD_OUT_MOST})",
     )
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run, if there is one")
-    parser.add_argument(
-        "--device", help="where to compute: cpu, cuda, cuda:1 (default: cuda if there is one, else cpu)"
-    )
+    add_device(parser)
     parser.add_argument(
         "--workers", type=int, default=0, metavar="COUNT", help="processes that read images (default: %(default)s)"
     )

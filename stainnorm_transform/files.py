@@ -29,7 +29,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     Its suffix is none that anybody looks for. What killed processes left in the folder is removed, once.
     """
     path = Path(path)
-    remove_leftovers(os.path.realpath(path.parent))
+    remove_leftovers(path.parent)
     handle, temporary = _make(path.parent)
     try:
         yield temporary
@@ -59,9 +59,9 @@ def _make(folder: Path) -> tuple[int, Path]:
 
 
 @functools.cache
-def remove_leftovers(folder: str) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Removes the temporary files in a folder whose process is no more; only looks once."""
-    for path in Path(folder).glob(f"{PREFIX}*{SUFFIX}") if fcntl else ():
+    for path in folder.glob(f"{PREFIX}*{SUFFIX}") if fcntl else ():
         with contextlib.suppress(OSError), path.open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()

@@ -125,10 +125,11 @@ class Record:
     def add(self, source: Source, output: Path, a: float, b: float, temporary: Path) -> None:
         """Adds the line of an image that lies in ``temporary`` and becomes ``output``, with the offset that it lost."""
         path, *how = source
-        line = [path, self._name(output), f"{a:.3f}", f"{b:.3f}", *how, *_state(temporary)]
+        name = self._name(output)
+        line = [path, name, f"{a:.3f}", f"{b:.3f}", *how, *_state(temporary)]
         with locked(self.handle):
             self._append(line)
-        self.lines[self._name(output)] = line
+        self.lines[name] = line
 
     def offset(self, output: Path) -> tuple[float, float]:
         """The (a*, b*) that was taken away from an image that was made."""

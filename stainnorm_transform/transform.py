@@ -139,7 +139,9 @@ class NormalizeStain(_ImageTransform):
             dense: whether the network's map is averaged over every pixel, as in the paper, rather than over those of a
                 small copy. It costs up to 256 times as much, for a difference that is seldom seen.
         """
-        image = _to_tensor(images)
+        return self._offset_of(_to_tensor(images), dense)
+
+    def _offset_of(self, image: Tensor, dense: bool = False) -> Tensor:
         if self.offset is not None:
             return self.offset.repeat(*image.shape[:-3], 1)
         return estimate_offset(self.network, image, dense)
@@ -183,7 +185,7 @@ class NormalizeStain(_ImageTransform):
         table = self._table_for(image)
         if table is not None:
             return look_up(image, table)
-        return shift_ab(image, -self.estimate_offset(image)[..., 1:], self.preserve_white)
+        return shift_ab(image, -self._offset_of(image)[..., 1:], self.preserve_white)
 
     def _table_for(self, image: Tensor) -> Tensor | None:
         """The table of all colors for a fixed offset, made once as many pixels have come as it has entries."""

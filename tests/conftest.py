@@ -1,4 +1,6 @@
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,16 @@ def run(trained, tmp_path):
         return main(["normalize", *map(str, inputs), "--out", str(tmp_path / out), "--weights", str(trained), *options])
 
     return run
+
+
+def png(width, height, *chunks, bits=8):
+    """A PNG file of mode RGB, chunk by chunk: (kind, content)."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in [(b"IHDR", header), *chunks, (b"IEND", b"")])
 
 
 def save(path, image=None, **options):

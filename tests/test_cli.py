@@ -1,6 +1,5 @@
 import csv
 import os
-import struct
 import subprocess
 import sys
 import zlib
@@ -10,7 +9,7 @@ import pytest
 import tifffile
 import torch
 from camelyon17 import read
-from conftest import save
+from conftest import png, save
 from PIL import Image
 from render_tiles import render_tile
 from torchvision.transforms.v2.functional import to_pil_image
@@ -170,13 +169,8 @@ def test_a_bad_file_is_named_and_the_rest_goes_on(run, tmp_path, capsys, kind, n
 
 
 def test_16_bit_png_is_refused(run, tmp_path, capsys):
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)  # 2 x 2, 16 bits, RGB
     rows = zlib.compress(2 * (b"\0" + 2 * 3 * b"\x12\x34"))
-    content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-    (tmp_path / "a.png").write_bytes(content)
+    (tmp_path / "a.png").write_bytes(png(2, 2, (b"IDAT", rows), bits=16))
     assert run(tmp_path / "a.png") == 1
     assert "16 bits a channel" in capsys.readouterr().err
 

@@ -6,12 +6,12 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from render_tiles import LABS, render_tile
 from torch import nn
@@ -23,7 +23,6 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from stainnorm_transform import NormalizeStain
 
-ROOT = Path(__file__).parent.parent
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TO_FLOAT = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
 

@@ -16,6 +16,7 @@ import pytest
 import safetensors.torch
 import tifffile
 import torch
+from conftest import png
 from hypothesis import HealthCheck, currently_in_test_context, event, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
@@ -151,14 +152,6 @@ def test_damaged_images(command, capsys, data):
 @FUZZ
 def test_random_bytes_are_no_image(command, capsys, content, magic):
     command("x.png", magic + content, capsys)
-
-
-def png(width, height, *chunks):
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in [(b"IHDR", header), *chunks, (b"IEND", b"")])
 
 
 BOMBS = {
