@@ -3,45 +3,45 @@
 from __future__ import annotations
 
 import argparse
-import errno
-import hashlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from PIL import Image
-from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
-from stainnorm_transform import __version__, images, record, weights
+from stainnorm_transform import images, record, slides, weights
 from stainnorm_transform.cli_options import add_device, add_inputs
-from stainnorm_transform.color import shift_ab
-from stainnorm_transform.device import choose_device
+from stainnorm_transform.file_normalizer import FULL, FileNormalizer, Offsets, Outcome, Settings, picture, reason
 from stainnorm_transform.files import printable, remove_leftovers, replacing
-from stainnorm_transform.transform import NormalizeStain
+from stainnorm_transform.ray_tasks import MANIFEST, normalize_by_ray, write_manifest
+from stainnorm_transform.slide_files import SlideFormat
 
 OVERVIEW = "overview.png"
 OVERVIEW_PAIRS = 24
-# Errors that every other image would meet as well.
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+RAY_THREADS = 2
+Work = dict[Path, Path]
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds ``normalize`` to the commands."""
     parser = commands.add_parser(
         "normalize",
-        help="give images the colors of the target",
-        description="Gives H&E images (PNG, JPEG, TIFF; 8-bit RGB or RGBA) the colors of the target. Every image "
-        "gets one a*, b* offset of its own, so tiles of one slide may differ a little (for one offset a slide: "
-        "NormalizeStain.for_slide in Python). Lightness and white glass (L* > 97) stay, and images without tissue keep "
-        "their colors. Resolution, ICC profile and transparency are kept. JPEG is written at quality 95 without "
-        "chroma subsampling, TIFF without loss. Whole-slide files are not read, and files of other kinds in a folder "
-        "are left out.",
-        epilog="DIR/offsets.csv lists each image, by its full path, with the offset that was taken from it; of several "
-        "lines for one output the last counts. The same command again does what is missing: an image is finished if "
-        "the list has it and path, size and time of change of the image and of its result are as listed, as are the "
-        "weights and the version of the program. Results of images that are gone stay. Files that cannot be normalized "
-        "are named at the end, and the exit status is then 1.",
+        help="give images and slides the colors of the target",
+        description="Gives H&E images (PNG, JPEG, TIFF; 8-bit RGB or RGBA) and whole slides (what OpenSlide reads, and "
+        'OME-TIFF; pip install "stainnorm-transform[slides]") the colors of the target. Every image gets one a*, b* '
+        "offset of its own, so tiles of one slide may differ a little; a slide gets one as a whole, from a sample of "
+        "its tissue. Lightness and white glass (L* > 97) stay, and what has no tissue keeps its colors. Resolution, "
+        "ICC profile and transparency are kept. Of images, JPEG is written at quality 95 without chroma subsampling, "
+        "TIFF without loss. Slides become tiled pyramidal BigTIFF; their label, and the image of the whole glass, "
+        "which shows it, are left out. Files of other kinds in a folder are left out.",
+        epilog="DIR/offsets.csv lists each file, by its full path, with the offset that was taken from it; of several "
+        "lines for one output the last counts. The same command again does what is missing: a file is finished if "
+        "the list has it and path, size and time of change of the file and of its result are as listed, as are the "
+        "weights, the version of the program, and the options that the result depends on. Results of files that are "
+        "gone stay. Files that cannot be normalized are named at the end, and the exit status is then 1.",
     )
     add_inputs(parser)
     parser.add_argument(
@@ -53,14 +53,58 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="NAME|PATH",
         help="the target: a name that 'stainnorm list' shows, or a .safetensors file (default: %(default)s)",
     )
+    parser.add_argument(
+        "--offset",
+        metavar="A,B|CSV",
+        help="take away this a*, b* offset instead of an estimate (--offset=-3,4.5), or those of a CSV file with the "
+        "columns input (path or name), offset_a and offset_b, such as an offsets.csv",
+    )
     add_device(parser)
-    parser.add_argument("--again", action="store_true", help="normalize finished images again, too")
+    parser.add_argument("--again", action="store_true", help="normalize finished files again, too")
     parser.add_argument(
         "--overview",
         action="store_true",
-        help=f"also write DIR/overview.png: up to {OVERVIEW_PAIRS} images before and after, evenly chosen",
+        help=f"also write DIR/overview.png: up to {OVERVIEW_PAIRS} files before and after, evenly chosen",
     )
+    _add_slide_options(parser.add_argument_group("slides"))
     parser.set_defaults(run=run)
+
+
+def _add_slide_options(group: argparse._ArgumentGroup) -> None:
+    compression = group.add_mutually_exclusive_group()
+    compression.add_argument(
+        "--quality",
+        type=int,
+        default=SlideFormat.quality,
+        metavar="Q",
+        help="JPEG quality, 1 to 100; below 90, color has half the resolution (default: %(default)s)",
+    )
+    compression.add_argument("--lossless", action="store_true", help="compress without loss: about 5 times as large")
+    group.add_argument(
+        "--ome",
+        action="store_true",
+        help="write OME-TIFF (.ome.tif); default: .tif in Aperio's layout, which OpenSlide reads with magnification",
+    )
+    group.add_argument(
+        "--srgb",
+        action="store_true",
+        help="convert colors to sRGB by the slide's ICC profile first; default: take them as stored, keep the profile",
+    )
+    group.add_argument(
+        "--keep-label", action="store_true", help="keep the images of the label and of the whole glass (macro)"
+    )
+    group.add_argument(
+        "--threads",
+        type=_positive,
+        metavar="N",
+        help=f"threads for a slide (default: one for each core; with --ray {RAY_THREADS})",
+    )
+    group.add_argument(
+        "--ray",
+        action="store_true",
+        help="one task a file on the Ray cluster at RAY_ADDRESS, or else on this machine; DIR must be shared "
+        f'(pip install "stainnorm-transform[ray]"). Results are also listed in DIR/{MANIFEST}',
+    )
 
 
 def _folder(text: str) -> Path:
@@ -69,14 +113,33 @@ def _folder(text: str) -> Path:
     return Path(text)
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of 1 or more, got {text!r}")
+    return int(text)
+
+
 def run(options: argparse.Namespace) -> int:
     """Normalizes as the options say; returns the exit status."""
     out: Path = options.out
-    outputs = images.plan(options.inputs, out, [record.NAME, OVERVIEW] if options.overview else [record.NAME])
-    transform = NormalizeStain.pretrained(options.weights).to(choose_device(options.device))
-    made = record.Record(out, _made_by(transform))
+    if os.path.lexists(out) and not out.is_dir():
+        raise ValueError(f"expected a folder to write to, got {out}, which is none")
+    settings = Settings(
+        out=out.absolute(),
+        weights=_absolute(options.weights),
+        device=options.device,
+        offsets=None if options.offset is None else Offsets.parse(options.offset),
+        slide_format=SlideFormat(None if options.lossless else options.quality, options.ome, options.keep_label),
+        to_srgb=options.srgb,
+        threads=options.threads or (RAY_THREADS if options.ray else slides.cores()),
+    )
+    normalizer = FileNormalizer(settings)
+    found = images.find(options.inputs, skip=out, suffixes=images.SUFFIXES + slides.SUFFIXES)
+    named = {path: normalizer.output_name(path, found[path]) for path in slides.without_parts(found)}
+    reserved = [record.NAME, *([OVERVIEW] if options.overview else []), *([MANIFEST] if options.ray else [])]
+    outputs = images.plan(named, settings.out, reserved)
     for path, output in outputs.items():
-        if os.path.lexists(output) and not made.has(output):
+        if os.path.lexists(output) and not normalizer.record.has(output):
             raise ValueError(
                 f"{path} would be written to {output}, which is there and was not made by this command: choose another "
                 "output folder, or remove it"
@@ -84,65 +147,85 @@ def run(options: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     for folder in {output.parent for output in outputs.values()}:
         remove_leftovers(folder)
-    done: list[Path] = []
-    finished_before = 0
-    failed: list[str] = []
-    with made:
+    outcomes: dict[Path, Outcome] = {}
+    with normalizer.record:
         try:
-            for path, output in tqdm(outputs.items(), unit="image", disable=None):
-                try:
-                    if not options.again and made.is_current(path, output):
-                        finished_before += 1
-                    else:
-                        _normalize(transform, path, output, made)
-                    done.append(path)
-                except Exception as error:
-                    if isinstance(error, OSError) and error.errno in FULL:
-                        go_on = "" if options.again else "; the same command goes on from here"
-                        raise OSError(f"{error}: stopped; what was finished is kept{go_on}") from error
-                    failed.append(f"{path}: {_reason(error, path)}")
+            work = _unfinished(normalizer, outputs, outcomes, options.again)
+            results = normalize_by_ray(settings, work, options.again) if options.ray else _normalize(normalizer, work)
+            done = tqdm(results, total=len(outputs), initial=len(outcomes), unit="file", disable=None)
+            for path, outcome in done:
+                if outcome.number in FULL:
+                    go_on = "" if options.again else "; the same command goes on from here"
+                    raise OSError(f"{outcome.error}: stopped; what was finished is kept{go_on}")
+                outcomes[path] = outcome
         finally:
-            earlier = f", {finished_before} of them by an earlier run" if finished_before else ""
-            count = f"{len(done)} of {len(outputs)}"
-            print(f"{count} images normalized to {transform.target!r} in {printable(str(out))}{earlier}")
-            if failed:
-                print(f"{len(failed)} failed:", *map(printable, failed), sep="\n  ", file=sys.stderr)
-        if options.overview and done:
-            _write_overview([(path, outputs[path]) for path in done], made, out / OVERVIEW)
-    return 1 if failed else 0
+            _report(normalizer, outputs, outcomes, options.out)
+            if options.ray:
+                write_manifest(settings.out, outputs, outcomes)
+        good = [path for path in outputs if path in outcomes and not outcomes[path].error]
+        if options.overview and good:
+            _write_overview([(path, outputs[path]) for path in good], normalizer.record, settings.out / OVERVIEW)
+    return 1 if any(outcome.error for outcome in outcomes.values()) else 0
 
 
-def _made_by(transform: NormalizeStain) -> str:
-    digest = hashlib.sha256(str(transform.preserve_white).encode())
-    for tensor in transform.state_dict().values():
-        digest.update(tensor.cpu().numpy().tobytes())
-    return f"stainnorm {__version__} {transform.target} {digest.hexdigest()[:12]}"
+def _absolute(name: str) -> str:
+    return os.path.abspath(name) if os.path.exists(name) else name
 
 
-def _normalize(transform: NormalizeStain, path: Path, output: Path, made: record.Record) -> None:
-    """Writes the normalized image, its transparency kept, and its line."""
-    source = made.source(path)
-    image = images.read(path)
-    device = transform.network.device
-    colors = pil_to_tensor(image.convert("RGB")).to(device)
-    seen = colors if image.mode == "RGB" else pil_to_tensor(images.flatten(image)).to(device)
-    offset = transform.estimate_offset(seen)
-    if not offset.isfinite().all():
-        raise ValueError(f"the weights give an offset that is not finite: {offset.tolist()}")
-    after = to_pil_image(shift_ab(colors, -offset[1:], transform.preserve_white).cpu())
-    if image.mode == "RGBA":
-        after.putalpha(image.getchannel("A"))
-    content = images.encode(after, output.suffix, like=image)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(output) as temporary:
-        temporary.write_bytes(content)
-        made.add(source, output, offset[1].item(), offset[2].item(), temporary)
+def _unfinished(normalizer: FileNormalizer, outputs: Work, outcomes: dict[Path, Outcome], again: bool) -> Work:
+    """What is to be done; what is finished, or cannot be done, goes to the outcomes."""
+    work = {}
+    for path, output in outputs.items():
+        try:
+            if again or not normalizer.is_current(path, output):
+                work[path] = output
+            else:
+                outcomes[path] = Outcome(earlier=True)
+        except Exception as error:
+            outcomes[path] = Outcome.of(error, path)
+    return work
 
 
-def _reason(error: Exception, path: Path) -> str:
-    if isinstance(error, OSError) and error.filename is not None and os.fspath(error.filename) == str(path):
-        return str(error.strerror)
-    return str(error) or type(error).__name__
+def _normalize(normalizer: FileNormalizer, work: Work) -> Iterator[tuple[Path, Outcome]]:
+    for path, output in work.items():
+        with _SlideBar(path) as bar:
+            outcome = normalizer.outcome(path, output, bar.update)
+        yield path, outcome
+
+
+class _SlideBar:
+    """A progress bar that appears with the first pixels of a slide and goes with the last."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = printable(path.name)
+        self.bar: tqdm[NoReturn] | None = None
+
+    def __enter__(self) -> _SlideBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def update(self, pixels: int, total: int) -> None:
+        bar = self.bar = self.bar or tqdm(
+            total=total, unit="px", unit_scale=True, desc=self.name, leave=False, disable=None
+        )
+        bar.update(pixels)
+
+
+def _report(normalizer: FileNormalizer, outputs: Work, outcomes: dict[Path, Outcome], out: Path) -> None:
+    good = [path for path in outputs if path in outcomes and not outcomes[path].error]
+    earlier = sum(outcomes[path].earlier for path in good)
+    by_earlier = f", {earlier} of them by an earlier run" if earlier else ""
+    target = normalizer.transform.target
+    print(f"{len(good)} of {len(outputs)} images normalized to {target!r} in {printable(str(out))}{by_earlier}")
+    for path in good:
+        if outcomes[path].note:
+            print(printable(f"  {path}: {outcomes[path].note}"))
+    failed = [f"{path}: {outcome.error}" for path, outcome in outcomes.items() if outcome.error]
+    if failed:
+        print(f"{len(failed)} failed:", *map(printable, failed), sep="\n  ", file=sys.stderr)
 
 
 def _write_overview(pairs: list[tuple[Path, Path]], made: record.Record, path: Path) -> None:
@@ -152,11 +235,9 @@ def _write_overview(pairs: list[tuple[Path, Path]], made: record.Record, path: P
         a, b = made.offset(output)
         caption = f"{output.relative_to(path.parent)}  before, after; taken away: a* {a:+.1f}, b* {b:+.1f}"
         try:
-            before, after = images.read(source), images.read(output)
+            shown.append((caption, picture(source), picture(output)))
         except (OSError, ValueError) as error:
-            print(printable(f"not in the overview: {source}: {_reason(error, source)}"), file=sys.stderr)
-            continue
-        shown.append((caption, images.thumbnail(before), images.thumbnail(after)))
+            print(printable(f"not in the overview: {source}: {reason(error, source)}"), file=sys.stderr)
     if shown:
         content = images.encode(images.contact_sheet(shown), path.suffix)
         with replacing(path) as temporary:

@@ -164,13 +164,14 @@ def rgb_to_lab(image: Tensor) -> Tensor:
 def shift_table(offset: Tensor, preserve_white: bool = True) -> Tensor:
     """What ``shift_ab`` makes of every uint8 color, by an offset (2,): int32, shape (2**24,), 64 MiB.
 
-    The entry for (R, G, B) is at 65536 R + 256 G + B, and is packed in the same way.
+    The entry for (R, G, B) is at R + 256 G + 65536 B, and is packed in the same way: as the bytes R, G, B, 0 lie in
+    memory.
     """
     level = torch.arange(256, dtype=torch.uint8, device="cpu")
-    green, blue = torch.meshgrid(level, level, indexing="ij")
+    green, red = torch.meshgrid(level, level, indexing="ij")
     table = torch.empty(256, TABLE_SIZE // 256, dtype=torch.int32, device="cpu")
-    for red, row in enumerate(table):
-        colors = torch.stack([torch.full_like(green, red), green, blue])
+    for blue, row in enumerate(table):
+        colors = torch.stack([red, green, torch.full_like(red, blue)])
         _pack(shift_ab(colors, offset, preserve_white).flatten(1), row)
     return table.flatten()
 
@@ -191,16 +192,16 @@ def look_up(image: Tensor, table: Tensor) -> Tensor:
             packed = colors[:height]
             torch.index_select(table, 0, index[:height].view(-1), out=packed.view(-1))
             # The cast to uint8 keeps the lowest byte.
-            target[2].copy_(packed)
+            target[0].copy_(packed)
             target[1].copy_(packed.bitwise_right_shift_(8))
-            target[0].copy_(packed.bitwise_right_shift_(8))
+            target[2].copy_(packed.bitwise_right_shift_(8))
     return out
 
 
 def _pack(colors: Tensor, out: Tensor) -> None:
-    """Writes 65536 R + 256 G + B of uint8 (3, ...) to ``out`` (...), int32."""
-    out.copy_(colors[0])
-    for channel in colors[1:]:
+    """Writes R + 256 G + 65536 B of uint8 (3, ...) to ``out`` (...), int32."""
+    out.copy_(colors[2])
+    for channel in (colors[1], colors[0]):
         torch.add(channel, out, alpha=256, out=out)
 
 

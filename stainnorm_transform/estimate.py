@@ -32,6 +32,9 @@ TISSUE_TEXTURE = 0.02
 TISSUE_SHARE = 0.02
 # Dark tissue weighs more, by this power: the color of its dense stain varies least from slide to slide of one lab.
 DARKNESS_POWER = 2.0
+# Tiles of a slide are usually this far from the median, in Lab units, or more; far ones this many times as far.
+OUTLIER_SPREAD = 1.0
+OUTLIER = 4.0
 
 
 def estimate_offset(network: ColorNormNet, image: Tensor, dense: bool = False) -> Tensor:
@@ -61,6 +64,20 @@ def mean_offset(sums: Tensor) -> Tensor:
     """(0, a*, b*) from the sums of ``tissue_sums``: (..., 3), and 0 where there is no tissue."""
     values, weight = sums[..., :2], sums[..., 2:]
     return F.pad(torch.where(weight > 0, values / weight.clamp(min=1e-9), 0), (1, 0))
+
+
+def robust_mean_offset(sums: Tensor) -> Tensor:
+    """(0, a*, b*) of many tiles of a slide, from the ``tissue_sums`` of each, (N, 3): shape (3,), 0 without tissue.
+
+    Tiles whose own offset is far from the median of all, more than OUTLIER times as far as is usual in the slide, do
+    not count: pen on tissue, folds, dirt.
+    """
+    sums = sums[sums[:, 2] > 0]
+    if len(sums):
+        offsets = mean_offset(sums)
+        distance = (offsets - offsets.median(dim=0).values).norm(dim=1)
+        sums = sums[distance <= OUTLIER * distance.median().clamp(min=OUTLIER_SPREAD)]
+    return mean_offset(sums.sum(dim=0))
 
 
 def tissue_sums(network: ColorNormNet, image: Tensor, side: int | None = None) -> Tensor:

@@ -6,7 +6,7 @@ import functools
 import io
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +29,18 @@ KEPT_TAGS = (
 )
 
 
-def plan(inputs: Sequence[Path], out: Path, reserved: Sequence[str] = ()) -> dict[Path, Path]:
-    """Which file each image is written to: ``out`` plus its path below the input folder it was found in.
-
-    Folders are searched recursively, except for ``out`` itself; links to folders are not followed.
+def plan(found: Mapping[Path, Path], out: Path, reserved: Sequence[str] = ()) -> dict[Path, Path]:
+    """Which file each image is written to: ``out`` plus a path below it.
 
     Args:
-        inputs: images and folders.
+        found: each image with its path below ``out``.
         out: the folder to write to.
         reserved: names in ``out`` that are taken.
 
     Raises:
-        ValueError: no image, ``out`` is a file, two images for one output, or an output that is an input or reserved.
-        OSError: a folder cannot be read.
+        ValueError: two images for one output, or an output that is an input or reserved.
     """
-    if os.path.lexists(out) and not out.is_dir():
-        raise ValueError(f"expected a folder to write to, got {out}, which is none")
-    outputs = {path: out / below for path, below in find(inputs, skip=out).items()}
+    outputs = {path: out / below for path, below in found.items()}
     sources: dict[Path, Path] = {}
     originals = {_identity(path) for path in outputs}
     for path, output in outputs.items():
@@ -60,12 +55,15 @@ def plan(inputs: Sequence[Path], out: Path, reserved: Sequence[str] = ()) -> dic
     return outputs
 
 
-def find(inputs: Sequence[Path], skip: Path | None = None) -> dict[Path, Path]:
+def find(inputs: Sequence[Path], skip: Path | None = None, suffixes: tuple[str, ...] = SUFFIXES) -> dict[Path, Path]:
     """The images among files and in folders, searched recursively: real path -> path below its input folder.
+
+    Links to folders are not followed.
 
     Args:
         inputs: images and folders.
         skip: a folder not to search.
+        suffixes: of images in folders.
 
     Raises:
         ValueError: an input does not exist, or there is no image.
@@ -77,12 +75,12 @@ def find(inputs: Sequence[Path], skip: Path | None = None) -> dict[Path, Path]:
     for given in inputs:
         if not given.exists():
             raise ValueError(f"{given} does not exist")
-        for path in _walk(given, skipped) if given.is_dir() else [given]:
+        for path in _walk(given, skipped, suffixes) if given.is_dir() else [given]:
             below = path.relative_to(given) if given.is_dir() else Path(path.name)
             # Not abspath, for which link/../a is ./a.
             found.setdefault(Path(real(path.parent), path.name), below)
     if not found:
-        raise ValueError(f"no images ({', '.join(SUFFIXES)}) in {', '.join(str(given) for given in inputs)}")
+        raise ValueError(f"no images ({', '.join(suffixes)}) in {', '.join(str(given) for given in inputs)}")
     return found
 
 
@@ -95,14 +93,14 @@ def _identity(path: str | os.PathLike[str]) -> object:
     return state.st_dev, state.st_ino
 
 
-def _walk(folder: Path, skip: object) -> Iterator[Path]:
+def _walk(folder: Path, skip: object, suffixes: tuple[str, ...]) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise error
 
     for where, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if skip is None or _identity(os.path.join(where, name)) != skip)
         for name in sorted(files):
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+            if name.lower().endswith(suffixes) and not name.startswith("."):
                 yield Path(where) / name
 
 

@@ -50,6 +50,10 @@ class Record:
         self.path = folder / NAME
         self.lines: dict[str, list[str]] = {}
         self.handle = -1
+        self.reread()
+
+    def reread(self) -> None:
+        """Reads the lines that others have added."""
         if os.path.lexists(self.path):
             self._read()
 
@@ -104,7 +108,7 @@ class Record:
         """Whether there is a line for this file: whether it is a result, and may be replaced."""
         return self._name(output) in self.lines
 
-    def is_current(self, path: Path, output: Path) -> bool:
+    def is_current(self, path: Path, output: Path, how: str = "") -> bool:
         """Whether ``output`` is there as it was made, from ``path`` as it is now, in the same way.
 
         Files are told by their size and the time of their last change.
@@ -112,15 +116,15 @@ class Record:
         line = self.lines.get(self._name(output))
         if line is None or not output.is_file():
             return False
-        return [line[0], *line[4:]] == [*self.source(path), *_state(output)]
+        return [line[0], *line[4:]] == [*self.source(path, how), *_state(output)]
 
-    def source(self, path: Path) -> Source:
-        """What an image would be made from and by: path, ``made_by``, bytes, and time of the last change.
+    def source(self, path: Path, how: str = "") -> Source:
+        """What an image would be made from and by: path, ``made_by`` and ``how``, bytes, and time of the last change.
 
         Raises:
             OSError: there is no such file.
         """
-        return str(path), self.made_by, *_state(path)
+        return str(path), self.made_by + how, *_state(path)
 
     def add(self, source: Source, output: Path, a: float, b: float, temporary: Path) -> None:
         """Adds the line of an image that lies in ``temporary`` and becomes ``output``, with the offset that it lost."""

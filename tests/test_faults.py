@@ -249,7 +249,7 @@ def test_only_what_changed_is_done_again(run, tmp_path, trained, random_normaliz
     assert len(made_by) == 2
     assert all(name.startswith(f"stainnorm {__version__} test ") for name in made_by)
     with monkeypatch.context() as patched:
-        patched.setattr("stainnorm_transform.cli_normalize.__version__", "99")
+        patched.setattr("stainnorm_transform.file_normalizer.__version__", "99")
         assert done() == everything
     assert done() == everything
 

@@ -1,0 +1,91 @@
+"""How many tiles of a slide its offset takes, and what pen and folds do to it.
+
+python examples/slide_sample.py slide.svs other.tif
+
+The offset of all tiles with tissue is the truth; samples of n of them are compared with it, in Lab units. Every slide
+gives 20 samples of each size, which begin at different places of the even order that ``slide_normalizer`` takes. Then
+part of the sampled tiles is covered by strokes of a pen, or darkened as by a fold, and the same is asked of the mean of
+all tiles and of the mean without those that are far from the median.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from stainnorm_transform import NormalizeStain
+from stainnorm_transform.estimate import mean_offset, robust_mean_offset, tissue_sums
+from stainnorm_transform.slides import SAMPLED_TILES, Slide, _places, _sampled_side, cores, in_order
+
+SIZES = (8, 16, 32, 64, 128, 256)
+STARTS = 20
+INKS = {"blue pen": (30, 60, 190), "green pen": (20, 130, 70), "black pen": (25, 25, 30)}
+
+
+def sums_of_tiles(slide: Slide, normalize: NormalizeStain, most: int, change=lambda tile: tile) -> Tensor:
+    """``tissue_sums`` of tiles with tissue in the order of sampling: (N, 3)."""
+    side = _sampled_side(slide)
+    places = list(_places(slide, side, cores()))[:most]
+    tiles = in_order(lambda corner: slide.read(*corner, side, side), places, cores())
+    with torch.no_grad():
+        found = [tissue_sums(normalize.network, change(tile)) for tile in tqdm(tiles, total=len(places), disable=None)]
+    return torch.stack([sums for sums in found if sums[2] > 0])
+
+
+def pen(tile: Tensor, color: tuple[int, int, int]) -> Tensor:
+    """A wide stroke that lets some tissue through."""
+    height, width = tile.shape[-2:]
+    y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
+    stroke = ((y - 0.3 - 0.4 * x).abs() < 0.25).float()
+    ink = torch.tensor(color)[:, None, None] / 255
+    return (tile * (1 - stroke + stroke * (0.25 + 0.75 * ink) * ink)).round().to(torch.uint8)
+
+
+def fold(tile: Tensor) -> Tensor:
+    """Tissue that lies twice: what passes passes twice."""
+    return (255 * (tile / 255) ** 2).round().to(torch.uint8)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("slides", nargs="+", type=Path, metavar="SLIDE")
+    parser.add_argument("--most", type=int, default=2048, help="tiles that are all of a slide (default: %(default)s)")
+    options = parser.parse_args()
+    normalize = NormalizeStain.pretrained()
+    errors: dict[int, list[Tensor]] = {size: [] for size in SIZES}
+    covered: dict[tuple[str, float], list[tuple[Tensor, Tensor]]] = {}
+    for path in options.slides:
+        with Slide(path) as slide:
+            sums = sums_of_tiles(slide, normalize, options.most)
+            truth = robust_mean_offset(sums)
+            print(f"{path.name}: {len(sums)} tiles with tissue, offset {truth[1]:.2f}, {truth[2]:.2f}", end="; ")
+            print(f"deviation of a tile {(mean_offset(sums) - truth).norm(dim=1).square().mean().sqrt():.2f}")
+            for size in SIZES:
+                for start in range(STARTS):
+                    if size < len(sums):
+                        part = sums.roll(-start * len(sums) // STARTS, dims=0)[:size]
+                        errors[size].append((robust_mean_offset(part) - truth).norm())
+            clean = sums[:SAMPLED_TILES]
+            spoils = {name: lambda tile, color=color: pen(tile, color) for name, color in INKS.items()} | {"fold": fold}
+            for name, spoil in spoils.items():
+                spoiled = sums_of_tiles(slide, normalize, SAMPLED_TILES, spoil)
+                for share in (0.1, 0.2, 0.3):
+                    count = min(int(share * len(clean)), len(spoiled))
+                    mixed = torch.cat([clean[count:], spoiled[:count]])
+                    moved = [(offset - truth).norm() for offset in (mean_offset(mixed.sum(0)), robust_mean_offset(mixed))]
+                    covered.setdefault((name, share), []).append((moved[0], moved[1]))
+    print("\n| tiles | median error | 95 % | max | n |\n| --- | --- | --- | --- | --- |")
+    for size, found in errors.items():
+        if found:
+            e = torch.stack(found)
+            print(f"| {size} | {e.median():.2f} | {e.quantile(0.95):.2f} | {e.max():.2f} | {len(e)} |")
+    print("\n| spoiled | share of tiles | mean of all: error, median and max | without far ones |\n| --- | --- | --- | --- |")
+    for (name, share), found in covered.items():
+        plain, robust = (torch.stack(column) for column in zip(*found, strict=True))
+        print(f"| {name} | {share:.0%} | {plain.median():.2f}, {plain.max():.2f} | {robust.median():.2f}, {robust.max():.2f} |")
+
+
+if __name__ == "__main__":
+    main()

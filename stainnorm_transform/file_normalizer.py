@@ -1,0 +1,264 @@
+"""One file, image or slide, to its output and its line in the record."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+
+from stainnorm_transform import __version__, images, slides
+from stainnorm_transform.color import shift_ab
+from stainnorm_transform.device import choose_device
+from stainnorm_transform.files import replacing
+from stainnorm_transform.record import Record, Source
+from stainnorm_transform.slide_files import SlideFormat, write_slide
+from stainnorm_transform.transform import NormalizeStain
+
+# Errors that every other file would meet as well.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+# Told how many more pixels of a slide are done, and of how many.
+Progress = Callable[[int, int], object]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How files are normalized.
+
+    Args:
+        out: the folder of the outputs and their record.
+        weights: name or path.
+        device: as for ``choose_device``.
+        offsets: given offsets instead of estimates.
+        slide_format: how slides are written.
+        to_srgb: whether slides are converted to sRGB by their ICC profile.
+        threads: to read and write a slide with.
+    """
+
+    out: Path
+    weights: str
+    device: str | None = None
+    offsets: Offsets | None = None
+    slide_format: SlideFormat = field(default_factory=SlideFormat)
+    to_srgb: bool = False
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Offsets:
+    """Given (a*, b*) offsets: one for all files, or those of a CSV file, which may be an ``offsets.csv``."""
+
+    for_all: tuple[float, float] | None = None
+    by_path: dict[str, tuple[float, float]] = field(default_factory=dict)
+    name: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Offsets:
+        """Reads ``A,B``, or the CSV file of this name, with columns input, offset_a and offset_b.
+
+        Raises:
+            ValueError: it is neither, or a number is not finite.
+            OSError: the file cannot be read.
+        """
+        try:
+            a, b = text.split(",")
+            return cls(for_all=_pair(a, b))
+        except ValueError as error:
+            if not os.path.exists(text):
+                raise ValueError(
+                    f"expected two finite numbers, as in --offset=3.5,-2, or a CSV file, got {text!r}"
+                ) from error
+        found: dict[str, tuple[float, float]] = {}
+        with open(text, newline="", encoding="utf-8", errors="surrogateescape") as file:
+            reader = csv.DictReader(file)
+            missing = {"input", "offset_a", "offset_b"} - set(reader.fieldnames or ())
+            if missing:
+                raise ValueError(f"{text}: expected columns input, offset_a and offset_b, got no {sorted(missing)[0]}")
+            for row in reader:
+                try:
+                    found[row["input"]] = _pair(row["offset_a"], row["offset_b"])
+                except (TypeError, ValueError) as error:
+                    raise ValueError(
+                        f"{text}, line {reader.line_num}: expected two finite numbers ({error})"
+                    ) from error
+        return cls(by_path=found, name=text)
+
+    def of(self, path: Path) -> tuple[float, float]:
+        """The offset of a file, in a CSV file by its full path or else its name.
+
+        Raises:
+            ValueError: it has none, or several.
+        """
+        if self.for_all is not None:
+            return self.for_all
+        if str(path) in self.by_path:
+            return self.by_path[str(path)]
+        named = {offset for name, offset in self.by_path.items() if Path(name).name == path.name}
+        if len(named) != 1:
+            raise ValueError(f"expected one offset for it in {self.name}, got {len(named)}")
+        return named.pop()
+
+
+def _pair(a: str, b: str) -> tuple[float, float]:
+    pair = float(a), float(b)
+    if not torch.tensor(pair).isfinite().all():
+        raise ValueError(f"got {a}, {b}")
+    return pair
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a file: nothing went wrong where ``error`` is empty.
+
+    Args:
+        error: what went wrong.
+        number: the ``errno`` of it.
+        note: what is to be said otherwise.
+        seconds: how long it took.
+        earlier: whether it was finished by an earlier run.
+    """
+
+    error: str = ""
+    number: int | None = None
+    note: str = ""
+    seconds: float = 0.0
+    earlier: bool = False
+
+    @classmethod
+    def of(cls, error: Exception, path: Path) -> Outcome:
+        """The outcome of a file that failed."""
+        # What stops the whole run names its file itself.
+        number = error.errno if isinstance(error, OSError) else None
+        return cls(error=str(error) if number in FULL else reason(error, path), number=number)
+
+
+def reason(error: Exception, path: Path) -> str:
+    """An error of a file in words, without the file's name where they begin with it."""
+    if isinstance(error, OSError) and error.filename is not None and os.fspath(error.filename) == str(path):
+        return str(error.strerror)
+    return str(error) or type(error).__name__
+
+
+class FileNormalizer:
+    """Normalizes files as the settings say.
+
+    Raises:
+        ValueError: weights, device or record cannot be used.
+        OSError: they cannot be read.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.transform = NormalizeStain.pretrained(settings.weights).to(choose_device(settings.device))
+        self.record = Record(settings.out, _made_by(self.transform))
+
+    def output_name(self, path: Path, below: Path) -> Path:
+        """How the output of a file at ``below`` is named: as its input, but for slides."""
+        if not slides.is_slide(path):
+            return below
+        stem = below.stem[:-4] if below.stem.lower().endswith(".ome") else below.stem
+        return below.with_name(stem + self.settings.slide_format.suffix)
+
+    def is_current(self, path: Path, output: Path) -> bool:
+        """Whether the output is there, as these settings make it of this file."""
+        return self.record.is_current(path, output, self._how(path))
+
+    def outcome(self, path: Path, output: Path, progress: Progress = lambda pixels, total: None) -> Outcome:
+        """As ``normalize``, with whatever goes wrong."""
+        start = time.monotonic()
+        try:
+            note = self.normalize(path, output, progress)
+        except Exception as error:
+            return Outcome.of(error, path)
+        return Outcome(note=note or "", seconds=time.monotonic() - start)
+
+    def normalize(self, path: Path, output: Path, progress: Progress = lambda pixels, total: None) -> str | None:
+        """Writes the output and its line in the record, which must be open. Returns what is to be said of it."""
+        source = self.record.source(path, self._how(path))
+        transform = self._transform_of(path)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if slides.is_slide(path):
+            return self._slide(transform, source, path, output, progress)
+        self._image(transform, source, path, output)
+        return None
+
+    def _slide(
+        self, transform: NormalizeStain, source: Source, path: Path, output: Path, progress: Progress
+    ) -> str | None:
+        threads = self.settings.threads
+        with slides.Slide(path, self.settings.to_srgb) as slide:
+            fixed, tiles = slides.slide_normalizer(slide, transform, threads)
+            offset = _finite(fixed.estimate_offset(torch.zeros(3, 1, 1, dtype=torch.uint8)))
+            total = slide.dimensions[0] * slide.dimensions[1]
+            with replacing(output) as temporary:
+                file_format = self.settings.slide_format
+                write_slide(slide, temporary, fixed, file_format, threads, lambda pixels: progress(pixels, total))
+                self.record.add(source, output, offset[1].item(), offset[2].item(), temporary)
+            notes = []
+            if tiles == 0:
+                notes.append("no tissue was found, colors are as they were")
+            if slide.mpp is None:
+                notes.append("the slide does not say its resolution, nor does the result")
+        return "; ".join(notes) or None
+
+    def _image(self, transform: NormalizeStain, source: Source, path: Path, output: Path) -> None:
+        """Keeps the transparency."""
+        image = images.read(path)
+        device = transform.network.device
+        colors = pil_to_tensor(image.convert("RGB")).to(device)
+        seen = colors if image.mode == "RGB" else pil_to_tensor(images.flatten(image)).to(device)
+        offset = _finite(transform.estimate_offset(seen))
+        after = to_pil_image(shift_ab(colors, -offset[1:], transform.preserve_white).cpu())
+        if image.mode == "RGBA":
+            after.putalpha(image.getchannel("A"))
+        content = images.encode(after, output.suffix, like=image)
+        with replacing(output) as temporary:
+            temporary.write_bytes(content)
+            self.record.add(source, output, offset[1].item(), offset[2].item(), temporary)
+
+    def _transform_of(self, path: Path) -> NormalizeStain:
+        if self.settings.offsets is None:
+            return self.transform
+        t = self.transform
+        offset = torch.tensor([0.0, *self.settings.offsets.of(path)])
+        return NormalizeStain(t.network, t.preserve_white, target=t.target, offset=offset).to(t.network.device)
+
+    def _how(self, path: Path) -> str:
+        """What a result depends on besides weights and version."""
+        how = ""
+        if self.settings.offsets is not None:
+            how += " offset {:g},{:g}".format(*self.settings.offsets.of(path))
+        if slides.is_slide(path):
+            chosen = self.settings.slide_format
+            how += " lossless" if chosen.quality is None else f" quality {chosen.quality}"
+            how += " label" * chosen.keep_label + " srgb" * self.settings.to_srgb
+        return how
+
+
+def picture(path: Path) -> Image.Image:
+    """An image, or a slide, small."""
+    if not slides.is_slide(path):
+        return images.thumbnail(images.read(path))
+    with slides.Slide(path) as slide:
+        return images.thumbnail(slide.thumbnail(images.THUMBNAIL_SIDE))
+
+
+def _finite(offset: torch.Tensor) -> torch.Tensor:
+    if not offset.isfinite().all():
+        raise ValueError(f"the weights give an offset that is not finite: {offset.tolist()}")
+    return offset
+
+
+def _made_by(transform: NormalizeStain) -> str:
+    digest = hashlib.sha256(str(transform.preserve_white).encode())
+    for tensor in transform.state_dict().values():
+        digest.update(tensor.cpu().numpy().tobytes())
+    return f"stainnorm {__version__} {transform.target} {digest.hexdigest()[:12]}"

@@ -1,0 +1,102 @@
+"""Archives of slides on a Ray cluster: one task a file, and a manifest of what became of each."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from stainnorm_transform.file_normalizer import FileNormalizer, Outcome, Settings
+from stainnorm_transform.files import remove_leftovers, replacing
+
+MANIFEST = "manifest.csv"
+# How often a file is begun again when the process that works on it dies.
+RETRIES = 3
+
+
+def normalize_by_ray(settings: Settings, work: Mapping[Path, Path], again: bool) -> Iterator[tuple[Path, Outcome]]:
+    """Normalizes files in tasks of their own; yields each with its outcome, in the order in which they end.
+
+    The cluster is that of RAY_ADDRESS, or one that runs on this machine, or else one that is started on it. A task
+    takes ``settings.threads`` CPUs, and on a cuda device a GPU.
+
+    Args:
+        settings: paths must be the same on every machine.
+        work: outputs by input.
+        again: whether what is finished is made again.
+
+    Raises:
+        ImportError: Ray is not installed.
+        ValueError: no machine of the cluster has as many CPUs as a task takes.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError(f'--ray takes Ray: pip install "stainnorm-transform[ray]" ({error})') from error
+    if not work:
+        return
+    started = not ray.is_initialized()
+    if started:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        most = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]
+        if settings.threads > most:
+            raise ValueError(f"no machine of the cluster has {settings.threads} CPUs, but {most:g}: choose --threads")
+        gpus = 1 if settings.device is not None and settings.device.startswith("cuda") else 0
+        task = ray.remote(num_cpus=settings.threads, num_gpus=gpus, max_retries=RETRIES)(_normalize)
+        waiting = {task.remote(settings, path, output, again): path for path, output in work.items()}
+        try:
+            while waiting:
+                (ended,), _ = ray.wait(list(waiting), num_returns=1)
+                path = waiting.pop(ended)
+                try:
+                    outcome = ray.get(ended)
+                except ray.exceptions.RayError as error:
+                    outcome = Outcome(error=f"its process died {RETRIES + 1} times ({type(error).__name__})")
+                yield path, outcome
+        finally:
+            for reference in waiting:
+                ray.cancel(reference)
+    finally:
+        if started:
+            ray.shutdown()
+        remove_leftovers.cache_clear()
+        for folder in {output.parent for output in work.values()}:
+            remove_leftovers(folder)
+
+
+def _normalize(settings: Settings, path: Path, output: Path, again: bool) -> Outcome:
+    """The task. What an earlier attempt has finished, before its process died, is not made again."""
+    normalizer = _normalizer(settings)
+    normalizer.record.reread()
+    try:
+        if not again and normalizer.is_current(path, output):
+            return Outcome()
+    except (OSError, ValueError) as error:
+        return Outcome.of(error, path)
+    with normalizer.record:
+        return normalizer.outcome(path, output)
+
+
+_normalizer = functools.lru_cache(maxsize=1)(FileNormalizer)
+
+
+def write_manifest(out: Path, outputs: Mapping[Path, Path], outcomes: Mapping[Path, Outcome]) -> None:
+    """Writes ``manifest.csv``: each file with its output, and what became of it."""
+    lines = io.StringIO(newline="")
+    writer = csv.writer(lines)
+    writer.writerow(["input", "output", "status", "seconds", "message"])
+    for path, output in outputs.items():
+        outcome = outcomes.get(path)
+        if outcome is None:
+            status = "not reached"
+        else:
+            status = "failed" if outcome.error else "finished before" if outcome.earlier else "normalized"
+        seconds = "" if outcome is None or not outcome.seconds else f"{outcome.seconds:.1f}"
+        message = "" if outcome is None else outcome.error or outcome.note
+        writer.writerow([path, output.relative_to(out).as_posix(), status, seconds, message])
+    with replacing(out / MANIFEST) as temporary:
+        temporary.write_bytes(lines.getvalue().encode(errors="surrogateescape"))
