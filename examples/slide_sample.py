@@ -74,17 +74,21 @@ def main() -> None:
                 for share in (0.1, 0.2, 0.3):
                     count = min(int(share * len(clean)), len(spoiled))
                     mixed = torch.cat([clean[count:], spoiled[:count]])
-                    moved = [(offset - truth).norm() for offset in (mean_offset(mixed.sum(0)), robust_mean_offset(mixed))]
+                    moved = [
+                        (offset - truth).norm() for offset in (mean_offset(mixed.sum(0)), robust_mean_offset(mixed))
+                    ]
                     covered.setdefault((name, share), []).append((moved[0], moved[1]))
     print("\n| tiles | median error | 95 % | max | n |\n| --- | --- | --- | --- | --- |")
     for size, found in errors.items():
         if found:
             e = torch.stack(found)
             print(f"| {size} | {e.median():.2f} | {e.quantile(0.95):.2f} | {e.max():.2f} | {len(e)} |")
-    print("\n| spoiled | share of tiles | mean of all: error, median and max | without far ones |\n| --- | --- | --- | --- |")
+    print("\n| spoiled | share of tiles | mean of all: error, median and max | without far ones |")
+    print("| --- | --- | --- | --- |")
     for (name, share), found in covered.items():
         plain, robust = (torch.stack(column) for column in zip(*found, strict=True))
-        print(f"| {name} | {share:.0%} | {plain.median():.2f}, {plain.max():.2f} | {robust.median():.2f}, {robust.max():.2f} |")
+        cells = [f"{errors.median():.2f}, {errors.max():.2f}" for errors in (plain, robust)]
+        print(f"| {name} | {share:.0%} | {cells[0]} | {cells[1]} |")
 
 
 if __name__ == "__main__":

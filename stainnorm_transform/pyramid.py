@@ -49,14 +49,15 @@ class Pyramid:
         blocks = in_order(self._block, corners(width, height, BLOCK), threads)
         second_row: list[bytes] = []
         for (x, y), (rows, lower) in zip(corners(width, height, BLOCK), blocks, strict=True):
+            # Before the tiles are passed on, as nobody asks for one after the last.
+            if lower is not None:
+                self._add(1, y // BLOCK, x // BLOCK, *lower)
+            progress(min(BLOCK, width - x) * min(BLOCK, height - y))
             if x == 0:
                 yield from second_row
                 second_row = []
             yield from rows[0]
             second_row += [tile for row in rows[1:] for tile in row]
-            if lower is not None:
-                self._add(1, y // BLOCK, x // BLOCK, *lower)
-            progress(min(BLOCK, width - x) * min(BLOCK, height - y))
         yield from second_row
 
     def _block(self, corner: tuple[int, int]) -> tuple[list[list[bytes]], tuple[Pixels, bytes] | None]:
@@ -67,7 +68,7 @@ class Pyramid:
         pixels = self.slide.pixels(x, y, *size)
         if self.table is not None:
             look_up_pixels(pixels, self.table)
-        pixels = _padded(pixels)
+        pixels = _padded(pixels, BLOCK)
         tiles = [
             [self.encode(pixels[top : top + TILE, left : left + TILE]) for left in range(0, size[0], TILE)]
             for top in range(0, size[1], TILE)
@@ -75,7 +76,7 @@ class Pyramid:
         if not self.smaller:
             self.top = pixels[:TILE, :TILE]
             return tiles, None
-        half = _half(pixels)
+        half = self._whole(1, y // BLOCK, x // BLOCK, _half(pixels))
         return tiles, (half, self.encode(half))
 
     def _add(self, level: int, row: int, column: int, tile: Pixels, encoded: bytes) -> None:
@@ -84,9 +85,15 @@ class Pyramid:
         if level == len(self.smaller):
             self.top = tile
             return
-        whole = self.smaller[level].place(row, column, _half(tile))
-        if whole is not None:
+        parts = self.smaller[level].place(row, column, _half(tile))
+        if parts is not None:
+            whole = self._whole(level + 1, row // 2, column // 2, parts)
             self._add(level + 1, row // 2, column // 2, whole, self.encode(whole))
+
+    def _whole(self, level: int, row: int, column: int, tile: Pixels) -> Pixels:
+        """A tile whose edge is repeated where the level ends in it."""
+        width, height = self.sizes[level]
+        return _padded(tile[: height - row * TILE, : width - column * TILE], TILE)
 
     def thumbnail(self) -> Image.Image:
         """The smallest level."""
@@ -157,9 +164,9 @@ def _half(pixels: Pixels) -> Pixels:
     return np.asarray(image.reduce(2))
 
 
-def _padded(pixels: Pixels) -> Pixels:
-    """Repeats the last row and column up to a whole block, so that no other color bleeds into the edge."""
+def _padded(pixels: Pixels, side: int) -> Pixels:
+    """Repeats the last row and column up to a square, so that no other color bleeds into the edge."""
     height, width = pixels.shape[:2]
-    if (height, width) == (BLOCK, BLOCK):
+    if (height, width) == (side, side):
         return pixels
-    return np.pad(pixels, ((0, BLOCK - height), (0, BLOCK - width), (0, 0)), mode="edge")
+    return np.pad(pixels, ((0, side - height), (0, side - width), (0, 0)), mode="edge")

@@ -12,11 +12,11 @@ import itertools
 import math
 import os
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from xml.etree import ElementTree
 
 import numpy as np
@@ -53,6 +53,7 @@ MAP_SCALE = 4
 # What is 40x and 20x, where a slide only says that.
 OBJECTIVE_TIMES_MPP = 10.0
 _READ_SIDE = 1024
+_MICROMETERS = {"nm": 1e-3, "µm": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6}
 _STRIP_PIXELS = 1 << 16
 
 
@@ -83,18 +84,21 @@ class Slide:
 
     def __init__(self, path: str | os.PathLike[str], to_srgb: bool = False) -> None:
         self.path = Path(path)
-        self._reader, self._prefix = _open(self.path)
+        self._reader, tiff = _open(self.path)
         properties = self._reader.properties
         self.level_dimensions: list[tuple[int, int]] = [tuple(size) for size in self._reader.level_dimensions]
         self.level_downsamples: list[float] = [float(value) for value in self._reader.level_downsamples]
         self.dimensions = self.level_dimensions[0]
-        mpp = [_positive(properties.get(f"{self._prefix}.mpp-{axis}")) for axis in "xy"]
+        if tiff.ome is None:
+            mpp = [_positive(properties.get(f"openslide.mpp-{axis}")) for axis in "xy"]
+            self.objective = _positive(properties.get("openslide.objective-power"))
+        else:
+            mpp, self.objective = _ome_metadata(tiff.ome)
         self.mpp = None if mpp[0] is None or mpp[1] is None else (mpp[0], mpp[1])
-        self.objective = _positive(properties.get(f"{self._prefix}.objective-power")) or _ome_objective(properties)
         # The files of one DICOM slide agree in it.
         self.series = str(properties.get("dicom.SeriesInstanceUID"))
-        self._background = _rgba(properties.get(f"{self._prefix}.background-color"))
-        self.icc_profile = _icc_profile(self._reader)
+        self._background = _rgba(properties.get("openslide.background-color"))
+        self.icc_profile = tiff.icc_profile or _icc_profile(self._reader)
         self._colors: NDArray[np.int32] | None = None
         if to_srgb and self.icc_profile:
             self._colors = _srgb_table(self.icc_profile, self.path)
@@ -436,8 +440,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _open(path: Path) -> tuple[Any, str]:
-    """The reader of a slide, and the prefix of its properties."""
+class _Tiff(NamedTuple):
+    """What is looked up in a TIFF file besides: its OME-XML, and the ICC profile as it is stored."""
+
+    ome: str | None = None
+    icc_profile: bytes | None = None
+
+
+def _open(path: Path) -> tuple[Any, _Tiff]:
+    """The reader of a slide."""
     check_regular(path)
     try:
         import imagecodecs  # noqa: F401
@@ -449,8 +460,8 @@ def _open(path: Path) -> tuple[Any, str]:
             f'reading slides takes more packages: pip install "stainnorm-transform[slides]" ({error})'
         ) from error
     try:
-        is_ome = _check_tiff(tifffile, path)
-        return (tiffslide.TiffSlide(path), "tiffslide") if is_ome else (openslide.OpenSlide(path), "openslide")
+        tiff = _check_tiff(tifffile, path)
+        return openslide.OpenSlide(path) if tiff.ome is None else tiffslide.TiffSlide(path), tiff
     except openslide.OpenSlideUnsupportedFormatError as error:
         raise ValueError("not a slide of a format that OpenSlide reads, nor OME-TIFF") from error
     except (ValueError, MemoryError):
@@ -461,17 +472,17 @@ def _open(path: Path) -> tuple[Any, str]:
         raise ValueError(f"damaged slide ({_what(error)})") from error
 
 
-def _check_tiff(tifffile: Any, path: Path) -> bool:
-    """Whether a file is OME-TIFF; raises ValueError for a TIFF that is not 8-bit RGB."""
+def _check_tiff(tifffile: Any, path: Path) -> _Tiff:
+    """Raises ValueError for a TIFF that is not 8-bit RGB."""
     try:
         file = tifffile.TiffFile(path)
     except tifffile.TiffFileError:
-        return False
+        return _Tiff()
     with file:
         page = max((page.aspage() for page in file.pages), key=lambda page: page.imagelength * page.imagewidth)
         if page.samplesperpixel not in (3, 4) or page.bitspersample != 8:
             raise ValueError(f"expected 8-bit RGB, got {page.samplesperpixel} channels of {page.bitspersample} bits")
-        return bool(file.is_ome)
+        return _Tiff(file.ome_metadata if file.is_ome else None, page.iccprofile)
 
 
 def _what(error: Exception) -> str:
@@ -494,12 +505,20 @@ def _rgba(color: object) -> tuple[int, int, int, int]:
     return red, green, blue, 255
 
 
-def _ome_objective(properties: Mapping[str, Any]) -> float | None:
-    """The magnification in OME-XML, which tiffslide does not look for."""
-    with contextlib.suppress(ElementTree.ParseError):
-        found = ElementTree.fromstring(str(properties.get("tiffslide.comment"))).find(".//{*}Objective")
-        return None if found is None else _positive(found.get("NominalMagnification"))
-    return None
+def _ome_metadata(xml: str) -> tuple[list[float | None], float | None]:
+    """Micrometers a pixel, in x and y, and magnification of the first image in OME-XML."""
+    try:
+        root = ElementTree.fromstring(xml)
+    except ElementTree.ParseError:
+        return [None, None], None
+    objective, pixels = root.find(".//{*}Objective"), root.find(".//{*}Pixels")
+    magnification = None if objective is None else _positive(objective.get("NominalMagnification"))
+    mpp: list[float | None] = []
+    for axis in "XY":
+        size = None if pixels is None else _positive(pixels.get(f"PhysicalSize{axis}"))
+        unit = _MICROMETERS.get("µm" if pixels is None else pixels.get(f"PhysicalSize{axis}Unit", "µm"))
+        mpp.append(None if size is None or unit is None else size * unit)
+    return mpp, magnification
 
 
 def _icc_profile(reader: Any) -> bytes | None:

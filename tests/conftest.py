@@ -1,12 +1,17 @@
+import functools
 import os
 import struct
+import subprocess
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tifffile
 import torch
+import torch.nn.functional as F
 from hypothesis import settings
-from render_tiles import render_tile
+from render_tiles import LABS, render_tile
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
@@ -58,6 +63,57 @@ def run(trained, tmp_path):
         return main(["normalize", *map(str, inputs), "--out", str(tmp_path / out), "--weights", str(trained), *options])
 
     return run
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 300 kB, and a function that changes its mount options."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("a small file system can be mounted by root only")
+
+    def remount(options):
+        subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
+
+    yield folder, remount
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def make_slide(path, pixels, tile=(240, 240), levels=(4,), compression="zlib", mpp=0.5, objective=20, **options):
+    """A slide in Aperio's layout of pixels (H, W, 3), by tifffile, with a thumbnail and smaller levels."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    height, width = pixels.shape[:2]
+    details = (f"|AppMag = {objective}" if objective else "") + (f"|MPP = {mpp}" if mpp else "")
+    base = {"photometric": "rgb", "metadata": None}
+    with tifffile.TiffWriter(path, bigtiff=True) as file:
+        text = f"Aperio Image Library v0\n{width}x{height} ({tile[0]}x{tile[1]}){details}"
+        file.write(pixels, tile=tile, compression=compression, description=text, **base, **options)
+        small = pixels[:: max(1, height // 100), :: max(1, width // 100)]
+        file.write(np.ascontiguousarray(small), description="Aperio Image Library v0\nthumbnail", **base)
+        for downsample in levels:
+            level = F.avg_pool2d(torch.from_numpy(pixels.copy()).permute(2, 0, 1).float(), downsample).round().byte()
+            file.write(level.permute(1, 2, 0).numpy(), tile=tile, compression=compression, description=text, **base)
+        for number, name in ((1, "label"), (9, "macro")):
+            image = np.full((40, 60, 3), 200 + number, np.uint8)
+            file.write(image, subfiletype=number, description=f"Aperio Image Library v0\n{name} 60x40", **base)
+    return path
+
+
+@functools.cache
+def _tiles(lab):
+    return [render_tile(seed, 256, LABS[lab]).permute(1, 2, 0).numpy() for seed in range(5)]
+
+
+def tissue(height, width, lab="lab_a"):
+    """Synthetic tissue (H, W, 3): five tiles, in turn."""
+    tiles = _tiles(lab)
+    rows = [
+        np.concatenate([tiles[(row + column) % 5] for column in range(-(-width // 256))], 1)
+        for row in range(-(-height // 256))
+    ]
+    return np.ascontiguousarray(np.concatenate(rows)[:height, :width])
 
 
 def png(width, height, *chunks, bits=8):

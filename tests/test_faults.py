@@ -86,22 +86,6 @@ def test_after_a_kill_every_image_is_whole_and_the_next_run_does_the_rest(
     assert all((out / name).stat().st_mtime_ns == time for name, time in before.items())
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 300 kB, and a function that changes its mount options."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)]
-    if subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("a small file system can be mounted by root only")
-
-    def remount(options):
-        subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
-
-    yield folder, remount
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 def test_a_full_disk_stops_the_run_and_loses_nothing(run, tmp_path, small_disk, random_normalize, capsys):
     disk, remount = small_disk
     tiles = make_tiles(tmp_path / "in", 60)
