@@ -14,6 +14,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -135,6 +136,7 @@ class Methods:
         import pyvips
 
         pyvips.cache_set_max(0)
+        logging.getLogger("pyvips").setLevel(logging.WARNING)  # tiatoolbox shows more
         try:
             page = pyvips.Image.tiffload(str(self.path), page=0)
         except pyvips.Error:

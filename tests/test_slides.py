@@ -7,6 +7,7 @@ import time
 import numpy as np
 import openslide
 import pytest
+import slide_resnet
 import tifffile
 import torch
 from conftest import make_slide, tissue
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 from render_tiles import LABS
 from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from stainnorm_transform import NormalizeStain
@@ -465,3 +467,13 @@ def test_the_offset_finds_a_known_shift(tmp_path, normalize):
             again = fixed(slide.read(0, 0, 1024, 1024))
         assert normalize.for_slide([again]).offset.norm() < fixed.offset.norm() / 2
     assert (offsets["lab_a"] - offsets["lab_b"]).norm() > 10
+
+
+def test_a_model_over_a_slide(slide_path):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 2))
+    x, y, logits = (torch.cat(column) for column in zip(*slide_resnet.predict(slide_path, model, "cpu"), strict=True))
+    tiles = SlideTiles(slide_path, NormalizeStain.pretrained(), side=224, mpp=0.5)
+    assert list(zip(x.tolist(), y.tolist(), strict=True)) == tiles.corners
+    imagenet = v2.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+    assert torch.allclose(logits[5], model(imagenet(tiles[5]["image"][None] / 255))[0], atol=1e-4)

@@ -1,0 +1,112 @@
+"""Normalizing on a Ray cluster of two workers on this machine."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import make_slide, save, tissue
+from test_faults import COMMAND, rows
+
+from stainnorm_transform import files
+
+ray = pytest.importorskip("ray")
+
+
+@pytest.fixture(autouse=True)
+def as_a_new_process():
+    files.remove_leftovers.cache_clear()
+
+
+@pytest.fixture
+def start(trained, tmp_path):
+    """Starts the command on a cluster of its own with two CPUs."""
+
+    def start(*options):
+        code = COMMAND[2].replace("; sys.exit", "; import ray; ray.init(num_cpus=2, log_to_driver=False); sys.exit")
+        command = [sys.executable, "-c", code, "normalize", tmp_path / "in", "--out", tmp_path / "out"]
+        command += ["--weights", trained, "--ray", "--threads", "1", *options]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+    return start
+
+
+def manifest(out):
+    with (out / "manifest.csv").open(newline="") as file:
+        return {row["output"]: row for row in csv.DictReader(file)}
+
+
+def open_files(folder):
+    """Processes that write to a temporary file in a folder."""
+    found = {}
+    for process in os.listdir("/proc"):
+        if process.isdecimal():
+            try:
+                for handle in os.listdir(f"/proc/{process}/fd"):
+                    path = os.readlink(f"/proc/{process}/fd/{handle}")
+                    if path.startswith(f"{folder}/.stainnorm-"):
+                        found[int(process)] = path
+            except OSError:
+                continue
+    return found
+
+
+@pytest.mark.slow
+def test_nothing_is_lost_or_done_twice_when_a_worker_is_killed(start, tmp_path):
+    out = tmp_path / "out"
+    for number in range(6):
+        make_slide(tmp_path / f"in/{number}.svs", tissue(3000, 3000))
+    save(tmp_path / "in/tile.png")
+    (tmp_path / "in/bad.svs").write_bytes(b"abc")
+    process = start()
+    # One worker is killed while it writes a slide, after another has been finished.
+    while not list(out.glob("*.tif")) or not (writing := open_files(out)):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    killed, _ = writing.popitem()
+    os.kill(killed, signal.SIGKILL)
+    output, error = process.communicate(timeout=200)
+    assert process.returncode == 1, error
+    assert "7 of 8 images normalized" in output
+    assert "bad.svs: not a slide of a format" in error
+    names = {f"{number}.tif" for number in range(6)} | {"tile.png"}
+    assert {path.name for path in out.iterdir()} == names | {"offsets.csv", "manifest.csv"}
+    listed = [row["output"] for row in rows(out)]
+    assert set(listed) == names
+    # The line comes before the name: the slide of the killed worker may have two.
+    assert len(listed) - len(names) <= 1
+    found = manifest(out)
+    assert {name for name, row in found.items() if row["status"] == "normalized"} == names
+    assert found["bad.tif"]["status"] == "failed"
+    assert "not a slide" in found["bad.tif"]["message"]
+    # A worker may die between finishing a slide and saying so.
+    assert sum(found[name]["seconds"] == "" for name in names) <= 1
+    # The next run does what is left, and that is nothing.
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*.tif")}
+    process = start()
+    output, error = process.communicate(timeout=200)
+    assert "7 of 8 images normalized" in output
+    assert "7 of them by an earlier run" in output
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert {row["status"] for row in manifest(out).values()} == {"finished before", "failed"}
+
+
+@pytest.mark.slow
+def test_more_threads_than_any_machine_has_are_refused(start, tmp_path):
+    save(tmp_path / "in/tile.png")
+    process = start("--threads", "3")
+    _, error = process.communicate(timeout=200)
+    assert process.returncode == 2
+    assert "no machine of the cluster has 3 CPUs, but 2: choose --threads" in error
+
+
+def test_without_ray_it_is_said_what_to_install(run, tmp_path, monkeypatch, capsys):
+    save(tmp_path / "in/tile.png")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert run(tmp_path / "in", options=["--ray"]) == 2
+    assert 'pip install "stainnorm-transform[ray]"' in capsys.readouterr().err
