@@ -67,7 +67,7 @@ class Pyramid:
         size = min(BLOCK, width - x), min(BLOCK, height - y)
         pixels = self.slide.pixels(x, y, *size)
         if self.table is not None:
-            look_up_pixels(pixels, self.table)
+            pixels = look_up_pixels(pixels, self.table)
         pixels = _padded(pixels, BLOCK)
         tiles = [
             [self.encode(pixels[top : top + TILE, left : left + TILE]) for left in range(0, size[0], TILE)]

@@ -15,7 +15,7 @@ from PIL import Image
 from stainnorm_transform import __version__
 from stainnorm_transform.color import shift_table
 from stainnorm_transform.pyramid import FULL_CHROMA_QUALITY, TILE, Pyramid, encoder
-from stainnorm_transform.slides import OME, Slide
+from stainnorm_transform.slides import OME, Slide, one_torch_thread
 from stainnorm_transform.transform import NormalizeStain
 
 _CENTIMETER = 1e4  # in micrometers
@@ -79,7 +79,8 @@ def write_slide(
 
     table = None
     if normalize is not None and normalize.offset is not None and normalize.offset.any():
-        table = shift_table(-normalize.offset[1:].cpu(), normalize.preserve_white).numpy()
+        with one_torch_thread():
+            table = shift_table(-normalize.offset[1:].cpu(), normalize.preserve_white).numpy()
     pyramid = Pyramid(slide, table, encoder(file_format.quality), path.parent)
     levels = [pyramid.largest(threads, progress), *(level.tiles() for level in pyramid.smaller)]
     made = _provenance(normalize)

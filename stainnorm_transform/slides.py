@@ -129,10 +129,10 @@ class Slide:
         Raises:
             ValueError: there is no such level, or the slide is damaged here.
         """
-        return torch.from_numpy(self.pixels(x, y, width, height, level)[..., :3]).permute(2, 0, 1)
+        return torch.from_numpy(self.pixels(x, y, width, height, level)[..., :3].copy()).permute(2, 0, 1)
 
     def pixels(self, x: int, y: int, width: int, height: int, level: int = 0) -> Pixels:
-        """As ``read``, as it lies in memory: (height, width, 4), of which the last channel means nothing."""
+        """As ``read``, as it lies in memory, read-only: (height, width, 4), of which the last channel means nothing."""
         if not 0 <= level < len(self.level_dimensions):
             raise ValueError(f"expected a level from 0 to {len(self.level_dimensions) - 1}, got {level}")
         try:
@@ -141,14 +141,9 @@ class Slide:
             raise ValueError(f"damaged at x = {x}, y = {y} of {width} x {height} pixels: {_what(error)}") from error
         if region.mode != "RGBA":
             region = region.convert("RGBA")
-        pixels = np.array(region)
-        alpha = pixels[..., 3]
-        if alpha.min() < 255:
-            if alpha.max() == 0:
-                pixels[:] = self._background
-            else:
-                ground = Image.new("RGBA", region.size, self._background)
-                pixels = np.array(Image.alpha_composite(ground, region))
+        pixels = np.asarray(region)
+        if pixels[..., 3].min() < 255:
+            pixels = np.asarray(Image.alpha_composite(Image.new("RGBA", region.size, self._background), region))
         return pixels if self._colors is None else look_up_pixels(pixels, self._colors)
 
     def associated_images(self) -> dict[str, Image.Image]:
@@ -258,7 +253,7 @@ def slide_normalizer(
         return slide.read(*corner, *size)
 
     places = itertools.islice(_places(slide, side, threads), SAMPLED_PLACES)
-    with torch.no_grad(), contextlib.closing(in_order(read, places, threads)) as tiles:
+    with one_torch_thread(), torch.no_grad(), contextlib.closing(in_order(read, places, threads)) as tiles:
         for tile in tiles:
             found = tissue_sums(normalize.network, tile.to(device))
             if found[2] > 0:
@@ -401,8 +396,9 @@ class SlideTiles(Dataset[dict[str, Any]]):
 
 
 def look_up_pixels(pixels: Pixels, table: NDArray[np.int32]) -> Pixels:
-    """``color.look_up`` of contiguous pixels (H, W, 4), in their place; their last channel becomes 0."""
+    """``color.look_up`` of contiguous pixels (H, W, 4); the last channel of the result is 0."""
     colors = pixels.view("<i4")[..., 0]
+    out = np.empty_like(colors)
     # By strips that stay in cache: fresh memory costs more than the looking up.
     rows = max(1, _STRIP_PIXELS // colors.shape[1])
     index = np.empty((rows, colors.shape[1]), np.int32)
@@ -410,8 +406,19 @@ def look_up_pixels(pixels: Pixels, table: NDArray[np.int32]) -> Pixels:
         strip = colors[top : top + rows]
         wanted = np.bitwise_and(strip, TABLE_SIZE - 1, out=index[: len(strip)])
         # The mode saves a look at every index, and a buffer.
-        table.take(wanted, out=strip, mode="clip")
-    return pixels
+        table.take(wanted, out=out[top : top + rows], mode="clip")
+    return out.view(np.uint8).reshape(pixels.shape)
+
+
+@contextlib.contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Keeps torch from splitting small work among threads, which wait for each other where cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def corners(width: int, height: int, side: int) -> Iterator[tuple[int, int]]:
