@@ -6,6 +6,7 @@ import csv
 import functools
 import io
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -40,6 +41,8 @@ def normalize_by_ray(settings: Settings, work: Mapping[Path, Path], again: bool)
         return
     started = not ray.is_initialized()
     if started:
+        # Ray would report its use to its makers.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     try:
         most = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]

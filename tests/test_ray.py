@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import make_slide, save, tissue
+from safetensors.torch import load_file
 from test_faults import COMMAND, rows
 
 from stainnorm_transform import files
@@ -110,3 +112,24 @@ def test_without_ray_it_is_said_what_to_install(run, tmp_path, monkeypatch, caps
     monkeypatch.setitem(sys.modules, "ray", None)
     assert run(tmp_path / "in", options=["--ray"]) == 2
     assert 'pip install "stainnorm-transform[ray]"' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_features_of_an_archive(tmp_path):
+    """The example, with a slide that fails, and again."""
+    for name in ("a", "b"):
+        make_slide(tmp_path / f"in/{name}.svs", tissue(500, 500))
+    (tmp_path / "in/bad.svs").write_bytes(b"abc")
+    script = Path(__file__).parent.parent / "examples/ray_features.py"
+    command = [sys.executable, script, tmp_path / "in", "--out", tmp_path / "out"]
+    first = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert first.returncode == 1, first.stderr
+    assert "bad.svs: ValueError: not a slide" in first.stderr + first.stdout
+    files = {path.name: load_file(path) for path in (tmp_path / "out").iterdir()}
+    assert files.keys() == {"a.safetensors", "b.safetensors"}
+    assert files["a.safetensors"]["features"].shape == (4, 2048)
+    assert files["a.safetensors"]["corners"].tolist() == [[0, 0], [224, 0], [0, 224], [224, 224]]
+    (tmp_path / "in/bad.svs").unlink()
+    second = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert second.returncode == 0, second.stderr
+    assert "0slide" in second.stderr
