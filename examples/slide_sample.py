@@ -19,7 +19,7 @@ from stainnorm_transform import NormalizeStain
 from stainnorm_transform.estimate import mean_offset, robust_mean_offset, tissue_sums
 from stainnorm_transform.slides import SAMPLED_TILES, Slide, _places, _sampled_side, cores, in_order
 
-SIZES = (8, 16, 32, 64, 128, 256)
+SIZES = (16, 32, 64, 128, 192, 256)
 STARTS = 20
 INKS = {"blue pen": (30, 60, 190), "green pen": (20, 130, 70), "black pen": (25, 25, 30)}
 
