@@ -33,7 +33,9 @@ from stainnorm_transform import NormalizeStain
 from stainnorm_transform.color import shift_table
 from stainnorm_transform.pyramid import BLOCK, TILE, encoder
 from stainnorm_transform.slide_files import SlideFormat, write_slide
-from stainnorm_transform.slides import Pixels, Slide, cores, corners, in_order, look_up_pixels, slide_normalizer
+from stainnorm_transform.slide_reader import Pixels, Slide, corners, look_up_pixels
+from stainnorm_transform.slides import slide_normalizer
+from stainnorm_transform.threads import cores, in_order
 
 FORMAT = SlideFormat()
 # Blocks in memory, for the parts that are sampled; and for tiatoolbox.
@@ -118,8 +120,8 @@ class Methods:
         return shift_table(-self.fixed.offset[1:], self.fixed.preserve_white).numpy()
 
     def look_up(self) -> float:
-        blocks = [block.copy() for block in self.blocks]
-        return clock(lambda: self.for_all(partial(look_up_pixels, table=self.table), blocks)) * self.scale(blocks)
+        look_up = partial(look_up_pixels, table=self.table)
+        return clock(lambda: self.for_all(look_up, self.blocks)) * self.scale(self.blocks)
 
     def encode_levels(self) -> float:
         def encode_block(block: Pixels) -> list[bytes]:

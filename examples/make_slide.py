@@ -17,7 +17,7 @@ from tqdm import tqdm
 from stainnorm_transform.files import replacing
 from stainnorm_transform.pyramid import TILE
 from stainnorm_transform.slide_files import SlideFormat, write_slide
-from stainnorm_transform.slides import cores
+from stainnorm_transform.threads import cores
 
 
 class Mosaic:

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from stainnorm_transform import NormalizeStain
 from stainnorm_transform.files import replacing
-from stainnorm_transform.slides import SUFFIXES, SlideTiles
+from stainnorm_transform.slide_reader import SUFFIXES
+from stainnorm_transform.slides import SlideTiles
 
 
 @ray.remote(max_retries=3)

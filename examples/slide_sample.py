@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from stainnorm_transform import NormalizeStain
 from stainnorm_transform.estimate import mean_offset, robust_mean_offset, tissue_sums
-from stainnorm_transform.slides import SAMPLED_TILES, Slide, _places, _sampled_side, cores, in_order
+from stainnorm_transform.slides import SAMPLED_TILES, Slide, places, sampled_side
+from stainnorm_transform.threads import cores, in_order
 
 SIZES = (16, 32, 64, 128, 192, 256)
 STARTS = 20
@@ -26,11 +27,11 @@ INKS = {"blue pen": (30, 60, 190), "green pen": (20, 130, 70), "black pen": (25,
 
 def sums_of_tiles(slide: Slide, normalize: NormalizeStain, most: int, change=lambda tile: tile) -> Tensor:
     """``tissue_sums`` of tiles with tissue in the order of sampling: (N, 3)."""
-    side = _sampled_side(slide)
-    places = list(_places(slide, side, cores()))[:most]
-    tiles = in_order(lambda corner: slide.read(*corner, side, side), places, cores())
+    side = sampled_side(slide)
+    corners = list(places(slide, side, cores()))[:most]
+    tiles = in_order(lambda corner: slide.read(*corner, side, side), corners, cores())
     with torch.no_grad():
-        found = [tissue_sums(normalize.network, change(tile)) for tile in tqdm(tiles, total=len(places), disable=None)]
+        found = [tissue_sums(normalize.network, change(tile)) for tile in tqdm(tiles, total=len(corners), disable=None)]
     return torch.stack([sums for sums in found if sums[2] > 0])
 
 

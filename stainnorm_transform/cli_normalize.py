@@ -12,12 +12,13 @@ from typing import NoReturn
 from PIL import Image
 from tqdm import tqdm
 
-from stainnorm_transform import images, record, slides, weights
+from stainnorm_transform import images, record, slide_reader, weights
 from stainnorm_transform.cli_options import add_device, add_inputs
 from stainnorm_transform.file_normalizer import FULL, FileNormalizer, Offsets, Outcome, Settings, picture, reason
 from stainnorm_transform.files import printable, remove_leftovers, replacing
 from stainnorm_transform.ray_tasks import MANIFEST, normalize_by_ray, write_manifest
 from stainnorm_transform.slide_files import SlideFormat
+from stainnorm_transform.threads import cores
 
 OVERVIEW = "overview.png"
 OVERVIEW_PAIRS = 24
@@ -131,11 +132,11 @@ def run(options: argparse.Namespace) -> int:
         offsets=None if options.offset is None else Offsets.parse(options.offset),
         slide_format=SlideFormat(None if options.lossless else options.quality, options.ome, options.keep_label),
         to_srgb=options.srgb,
-        threads=options.threads or (RAY_THREADS if options.ray else slides.cores()),
+        threads=options.threads or (RAY_THREADS if options.ray else cores()),
     )
     normalizer = FileNormalizer(settings)
-    found = images.find(options.inputs, skip=out, suffixes=images.SUFFIXES + slides.SUFFIXES)
-    named = {path: normalizer.output_name(path, found[path]) for path in slides.without_parts(found)}
+    found = images.find(options.inputs, skip=out, suffixes=images.SUFFIXES + slide_reader.SUFFIXES)
+    named = {path: normalizer.output_name(path, found[path]) for path in slide_reader.without_parts(found)}
     reserved = [record.NAME, *([OVERVIEW] if options.overview else []), *([MANIFEST] if options.ray else [])]
     outputs = images.plan(named, settings.out, reserved)
     for path, output in outputs.items():

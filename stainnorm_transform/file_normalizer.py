@@ -15,12 +15,14 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
-from stainnorm_transform import __version__, images, slides
+from stainnorm_transform import __version__, images
 from stainnorm_transform.color import shift_ab
 from stainnorm_transform.device import choose_device
 from stainnorm_transform.files import replacing
 from stainnorm_transform.record import Record, Source
 from stainnorm_transform.slide_files import SlideFormat, write_slide
+from stainnorm_transform.slide_reader import Slide, is_slide
+from stainnorm_transform.slides import slide_normalizer
 from stainnorm_transform.transform import NormalizeStain
 
 # Errors that every other file would meet as well.
@@ -162,7 +164,7 @@ class FileNormalizer:
 
     def output_name(self, path: Path, below: Path) -> Path:
         """How the output of a file at ``below`` is named: as its input, but for slides."""
-        if not slides.is_slide(path):
+        if not is_slide(path):
             return below
         stem = below.stem[:-4] if below.stem.lower().endswith(".ome") else below.stem
         return below.with_name(stem + self.settings.slide_format.suffix)
@@ -185,7 +187,7 @@ class FileNormalizer:
         source = self.record.source(path, self._how(path))
         transform = self._transform_of(path)
         output.parent.mkdir(parents=True, exist_ok=True)
-        if slides.is_slide(path):
+        if is_slide(path):
             return self._slide(transform, source, path, output, progress)
         self._image(transform, source, path, output)
         return None
@@ -194,8 +196,8 @@ class FileNormalizer:
         self, transform: NormalizeStain, source: Source, path: Path, output: Path, progress: Progress
     ) -> str | None:
         threads = self.settings.threads
-        with slides.Slide(path, self.settings.to_srgb) as slide:
-            fixed, tiles = slides.slide_normalizer(slide, transform, threads)
+        with Slide(path, self.settings.to_srgb) as slide:
+            fixed, tiles = slide_normalizer(slide, transform, threads)
             offset = _finite(fixed.estimate_offset(torch.zeros(3, 1, 1, dtype=torch.uint8)))
             total = slide.dimensions[0] * slide.dimensions[1]
             with replacing(output) as temporary:
@@ -236,7 +238,7 @@ class FileNormalizer:
         how = ""
         if self.settings.offsets is not None:
             how += " offset {:g},{:g}".format(*self.settings.offsets.of(path))
-        if slides.is_slide(path):
+        if is_slide(path):
             chosen = self.settings.slide_format
             how += " lossless" if chosen.quality is None else f" quality {chosen.quality}"
             how += " label" * chosen.keep_label + " srgb" * self.settings.to_srgb
@@ -245,9 +247,9 @@ class FileNormalizer:
 
 def picture(path: Path) -> Image.Image:
     """An image, or a slide, small."""
-    if not slides.is_slide(path):
+    if not is_slide(path):
         return images.thumbnail(images.read(path))
-    with slides.Slide(path) as slide:
+    with Slide(path) as slide:
         return images.thumbnail(slide.thumbnail(images.THUMBNAIL_SIDE))
 
 

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from stainnorm_transform.slides import Pixels, Slide, corners, in_order, look_up_pixels
+from stainnorm_transform.slide_reader import Pixels, Slide, corners, look_up_pixels
+from stainnorm_transform.threads import in_order
 
 # Side of a tile in every level; two by two are read, shifted and encoded at once.
 TILE = 512

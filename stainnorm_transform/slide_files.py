@@ -15,7 +15,8 @@ from PIL import Image
 from stainnorm_transform import __version__
 from stainnorm_transform.color import shift_table
 from stainnorm_transform.pyramid import FULL_CHROMA_QUALITY, TILE, Pyramid, encoder
-from stainnorm_transform.slides import OME, Slide, one_torch_thread
+from stainnorm_transform.slide_reader import OME, Slide
+from stainnorm_transform.threads import one_torch_thread
 from stainnorm_transform.transform import NormalizeStain
 
 _CENTIMETER = 1e4  # in micrometers

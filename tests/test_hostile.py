@@ -26,7 +26,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from stainnorm_transform import ColorNormNet, TrainConfig, checkpoint, weights
 from stainnorm_transform.cli import main
 from stainnorm_transform.record import FIELDS, Record
-from stainnorm_transform.slides import Slide, is_slide
+from stainnorm_transform.slide_reader import Slide, is_slide
 
 FUZZ = settings(deadline=None, suppress_health_check=list(HealthCheck))
 pytestmark = pytest.mark.filterwarnings("error")

@@ -21,7 +21,9 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from stainnorm_transform import NormalizeStain
 from stainnorm_transform.estimate import mean_offset, robust_mean_offset
-from stainnorm_transform.slides import Slide, SlideTiles, in_order, is_slide, slide_normalizer, without_parts
+from stainnorm_transform.slide_reader import Slide, is_slide, without_parts
+from stainnorm_transform.slides import SlideTiles, slide_normalizer
+from stainnorm_transform.threads import in_order
 
 
 @pytest.fixture(scope="module")
