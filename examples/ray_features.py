@@ -19,9 +19,9 @@ from torchvision.models import resnet50
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from stainnorm_transform import NormalizeStain
+from stainnorm_transform import NormalizeStain, images
 from stainnorm_transform.files import replacing
-from stainnorm_transform.slide_reader import SUFFIXES
+from stainnorm_transform.slide_reader import SUFFIXES, is_slide, without_parts
 from stainnorm_transform.slides import SlideTiles
 
 
@@ -54,11 +54,13 @@ def main() -> None:
     ray.init(log_to_driver=False)
     options.out.mkdir(parents=True, exist_ok=True)
     waiting = {}
-    for path in sorted(path for path in options.slides.rglob("*") if path.suffix.lower() in SUFFIXES):
-        output = options.out.absolute() / f"{path.stem}.safetensors"
+    found = images.find([options.slides], skip=options.out, suffixes=(*SUFFIXES, ".tif", ".tiff"))
+    for path in without_parts(path for path in found if is_slide(path)):
+        output = options.out.absolute() / f"{found[path]}.safetensors"
         if not output.exists():
+            output.parent.mkdir(parents=True, exist_ok=True)
             task = features.options(num_cpus=options.cpus, num_gpus=options.gpus)
-            waiting[task.remote(path.absolute(), output)] = path
+            waiting[task.remote(path, output)] = path
     failed = 0
     with tqdm(total=len(waiting), unit="slide") as bar:
         while waiting:

@@ -13,11 +13,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from stainnorm_transform import images, record, slide_reader, weights
-from stainnorm_transform.cli_options import add_device, add_inputs
+from stainnorm_transform.cli_options import add_device, add_inputs, path_name
 from stainnorm_transform.file_normalizer import FULL, FileNormalizer, Offsets, Outcome, Settings, picture, reason
 from stainnorm_transform.files import printable, remove_leftovers, replacing
 from stainnorm_transform.ray_tasks import MANIFEST, normalize_by_ray, write_manifest
 from stainnorm_transform.slide_files import SlideFormat
+from stainnorm_transform.slide_reader import is_slide
 from stainnorm_transform.threads import cores
 
 OVERVIEW = "overview.png"
@@ -44,9 +45,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "weights, the version of the program, and the options that the result depends on. Results of files that are "
         "gone stay. Files that cannot be normalized are named at the end, and the exit status is then 1.",
     )
-    add_inputs(parser)
+    add_inputs(parser, "image, slide")
     parser.add_argument(
-        "--out", required=True, type=_folder, metavar="DIR", help="folder to write to, in the same subfolders"
+        "--out", required=True, type=path_name, metavar="DIR", help="folder to write to, in the same subfolders"
     )
     parser.add_argument(
         "--weights",
@@ -80,11 +81,12 @@ def _add_slide_options(group: argparse._ArgumentGroup) -> None:
         metavar="Q",
         help="JPEG quality, 1 to 100; below 90, color has half the resolution (default: %(default)s)",
     )
-    compression.add_argument("--lossless", action="store_true", help="compress without loss: about 5 times as large")
+    compression.add_argument("--lossless", action="store_true", help="compress without loss: 3 to 5 times as large")
     group.add_argument(
         "--ome",
         action="store_true",
-        help="write OME-TIFF (.ome.tif); default: .tif in Aperio's layout, which OpenSlide reads with magnification",
+        help="write OME-TIFF (.ome.tif), of which OpenSlide sees the largest level only; default: .tif in Aperio's "
+        "layout, which OpenSlide reads with all levels, resolution and magnification",
     )
     group.add_argument(
         "--srgb",
@@ -103,15 +105,10 @@ def _add_slide_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--ray",
         action="store_true",
-        help="one task a file on the Ray cluster at RAY_ADDRESS, or else on this machine; DIR must be shared "
+        help="one task a file on the Ray cluster at RAY_ADDRESS, or else on this machine; all must see INPUT, weights "
+        "and DIR under the same paths "
         f'(pip install "stainnorm-transform[ray]"). Results are also listed in DIR/{MANIFEST}',
     )
-
-
-def _folder(text: str) -> Path:
-    if not text:  # a variable of the shell that is not set
-        raise argparse.ArgumentTypeError("expected a folder, got an empty name")
-    return Path(text)
 
 
 def _positive(text: str) -> int:
@@ -125,6 +122,9 @@ def run(options: argparse.Namespace) -> int:
     out: Path = options.out
     if os.path.lexists(out) and not out.is_dir():
         raise ValueError(f"expected a folder to write to, got {out}, which is none")
+    for folder in options.inputs:
+        if folder.is_dir() and out.is_dir() and folder.samefile(out):
+            raise ValueError(f"{folder} is an input, whose files would be overwritten: choose another output folder")
     settings = Settings(
         out=out.absolute(),
         weights=_absolute(options.weights),
@@ -139,6 +139,8 @@ def run(options: argparse.Namespace) -> int:
     named = {path: normalizer.output_name(path, found[path]) for path in slide_reader.without_parts(found)}
     reserved = [record.NAME, *([OVERVIEW] if options.overview else []), *([MANIFEST] if options.ray else [])]
     outputs = images.plan(named, settings.out, reserved)
+    if any(is_slide(path) for path in outputs):
+        slide_reader.packages()
     for path, output in outputs.items():
         if os.path.lexists(output) and not normalizer.record.has(output):
             raise ValueError(
@@ -165,6 +167,7 @@ def run(options: argparse.Namespace) -> int:
                 write_manifest(settings.out, outputs, outcomes)
         good = [path for path in outputs if path in outcomes and not outcomes[path].error]
         if options.overview and good:
+            normalizer.record.reread()
             _write_overview([(path, outputs[path]) for path in good], normalizer.record, settings.out / OVERVIEW)
     return 1 if any(outcome.error for outcome in outcomes.values()) else 0
 

@@ -6,11 +6,18 @@ import argparse
 from pathlib import Path
 
 
-def add_inputs(parser: argparse.ArgumentParser) -> None:
+def add_inputs(parser: argparse.ArgumentParser, what: str = "image") -> None:
     """Adds ``inputs``, for ``images.find``."""
     parser.add_argument(
-        "inputs", nargs="+", type=Path, metavar="INPUT", help="image, or folder of images, searched with its subfolders"
+        "inputs", nargs="+", type=path_name, metavar="INPUT", help=f"{what}, or folder of them, with its subfolders"
     )
+
+
+def path_name(text: str) -> Path:
+    """A path, but not that of the current folder by an empty name: a variable of the shell that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a file or folder, got an empty name")
+    return Path(text)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

@@ -76,7 +76,7 @@ class Offsets:
         except ValueError as error:
             if not os.path.exists(text):
                 raise ValueError(
-                    f"expected two finite numbers, as in --offset=3.5,-2, or a CSV file, got {text!r}"
+                    f"expected two finite numbers, as in --offset=3.5,-2, or a CSV file that is there, got {text!r}"
                 ) from error
         found: dict[str, tuple[float, float]] = {}
         with open(text, newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -104,8 +104,10 @@ class Offsets:
         if str(path) in self.by_path:
             return self.by_path[str(path)]
         named = {offset for name, offset in self.by_path.items() if Path(name).name == path.name}
-        if len(named) != 1:
-            raise ValueError(f"expected one offset for it in {self.name}, got {len(named)}")
+        if not named:
+            raise ValueError(f"it is not in {self.name}")
+        if len(named) > 1:
+            raise ValueError(f"expected one offset for files of its name in {self.name}, got {len(named)}")
         return named.pop()
 
 
@@ -179,6 +181,8 @@ class FileNormalizer:
         try:
             note = self.normalize(path, output, progress)
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
+                error = OSError(error.errno, error.strerror, str(output))
             return Outcome.of(error, path)
         return Outcome(note=note or "", seconds=time.monotonic() - start)
 
@@ -197,9 +201,10 @@ class FileNormalizer:
     ) -> str | None:
         threads = self.settings.threads
         with Slide(path, self.settings.to_srgb) as slide:
+            total = slide.dimensions[0] * slide.dimensions[1]
+            progress(0, total)
             fixed, tiles = slide_normalizer(slide, transform, threads)
             offset = _finite(fixed.estimate_offset(torch.zeros(3, 1, 1, dtype=torch.uint8)))
-            total = slide.dimensions[0] * slide.dimensions[1]
             with replacing(output) as temporary:
                 file_format = self.settings.slide_format
                 write_slide(slide, temporary, fixed, file_format, threads, lambda pixels: progress(pixels, total))

@@ -48,7 +48,9 @@ def plan(found: Mapping[Path, Path], out: Path, reserved: Sequence[str] = ()) ->
         if os.path.exists(output) and _identity(output) in originals:
             raise ValueError(f"{output} is an input and would be overwritten: choose another output folder")
         if output in sources:
-            raise ValueError(f"{sources[output]} and {path} would both be written to {output}: use two output folders")
+            raise ValueError(
+                f"{sources[output]} and {path} would both be written to {output}: use two output folders, in two runs"
+            )
         if output.relative_to(out).parts[0] in reserved:
             raise ValueError(f"{path} would be written to {output}, which is for something else: rename it")
         sources[output] = path

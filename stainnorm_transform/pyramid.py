@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,22 +45,28 @@ class Pyramid:
         self.smaller = [_Level(self.sizes[i], self.sizes[i - 1], folder) for i in range(1, len(self.sizes))]
         self.top: Pixels = np.empty((0, 0, 4), np.uint8)
 
-    def largest(self, threads: int, progress: Callable[[int], object]) -> Iterator[bytes]:
+    def largest(self, threads: int, progress: Callable[[int], object]) -> Generator[bytes]:
         """The tiles of level 0, row by row; ``progress`` is told how many pixels of it have been done."""
         width, height = self.slide.dimensions
-        blocks = in_order(self._block, corners(width, height, BLOCK), threads)
         second_row: list[bytes] = []
-        for (x, y), (rows, lower) in zip(corners(width, height, BLOCK), blocks, strict=True):
-            # Before the tiles are passed on, as nobody asks for one after the last.
-            if lower is not None:
-                self._add(1, y // BLOCK, x // BLOCK, *lower)
-            progress(min(BLOCK, width - x) * min(BLOCK, height - y))
-            if x == 0:
-                yield from second_row
-                second_row = []
-            yield from rows[0]
-            second_row += [tile for row in rows[1:] for tile in row]
+        # Nobody may read from the slide any more when the writer gives up.
+        with contextlib.closing(in_order(self._block, corners(width, height, BLOCK), threads)) as blocks:
+            for (x, y), (rows, lower) in zip(corners(width, height, BLOCK), blocks, strict=True):
+                # Before the tiles are passed on, as nobody asks for one after the last.
+                if lower is not None:
+                    self._add(1, y // BLOCK, x // BLOCK, *lower)
+                progress(min(BLOCK, width - x) * min(BLOCK, height - y))
+                if x == 0:
+                    yield from second_row
+                    second_row = []
+                yield from rows[0]
+                second_row += [tile for row in rows[1:] for tile in row]
         yield from second_row
+
+    def close(self) -> None:
+        """Removes the temporary files."""
+        for level in self.smaller:
+            level.file.close()
 
     def _block(self, corner: tuple[int, int]) -> tuple[list[list[bytes]], tuple[Pixels, bytes] | None]:
         """The tiles of a block, in rows, and the tile of level 1 that it becomes, also encoded."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -82,12 +83,14 @@ def write_slide(
     if normalize is not None and normalize.offset is not None and normalize.offset.any():
         with one_torch_thread():
             table = shift_table(-normalize.offset[1:].cpu(), normalize.preserve_white).numpy()
-    pyramid = Pyramid(slide, table, encoder(file_format.quality), path.parent)
-    levels = [pyramid.largest(threads, progress), *(level.tiles() for level in pyramid.smaller)]
     made = _provenance(normalize)
-    with tifffile.TiffWriter(path, bigtiff=True, ome=file_format.ome, shaped=False) as file:
+    with (
+        contextlib.closing(Pyramid(slide, table, encoder(file_format.quality), path.parent)) as pyramid,
+        contextlib.closing(pyramid.largest(threads, progress)) as largest,
+        tifffile.TiffWriter(path, bigtiff=True, ome=file_format.ome, shaped=False) as file,
+    ):
         write = _write_ome if file_format.ome else _write_aperio
-        write(file, slide, pyramid, levels, file_format, made)
+        write(file, slide, pyramid, [largest, *(level.tiles() for level in pyramid.smaller)], file_format, made)
     if file_format.ome and slide.objective:
         tifffile.tiffcomment(path, _with_objective(str(tifffile.tiffcomment(path)), slide.objective))
 

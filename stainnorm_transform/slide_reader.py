@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import io
+import logging
 import math
 import os
 import warnings
@@ -82,7 +83,7 @@ class Slide:
         self.icc_profile = tiff.icc_profile or _icc_profile(self._reader)
         self._colors: NDArray[np.int32] | None = None
         if to_srgb and self.icc_profile:
-            self._colors = _srgb_table(self.icc_profile, self.path)
+            self._colors = _srgb_table(self.icc_profile)
             self.icc_profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
     def __enter__(self) -> Slide:
@@ -226,29 +227,43 @@ def corners(width: int, height: int, side: int) -> Iterator[tuple[int, int]]:
 
 
 class _Tiff(NamedTuple):
-    """What is looked up in a TIFF file besides: its OME-XML, and the ICC profile as it is stored."""
+    """What is looked up in a TIFF file besides: its layout, its OME-XML, and the ICC profile as it is stored."""
 
+    is_tiled: bool | None = None
     ome: str | None = None
     icc_profile: bytes | None = None
 
 
-def _open(path: Path) -> tuple[Any, _Tiff]:
-    """The reader of a slide."""
-    check_regular(path)
+def packages() -> tuple[Any, Any, Any]:
+    """OpenSlide, tifffile and tiffslide.
+
+    Raises:
+        ImportError: they, or imagecodecs, are not installed.
+    """
     try:
         import imagecodecs  # noqa: F401
         import openslide
         import tifffile
         import tiffslide
-    except ImportError as error:
-        raise ImportError(
-            f'reading slides takes more packages: pip install "stainnorm-transform[slides]" ({error})'
-        ) from error
+    except (ImportError, OSError) as error:
+        raise ImportError(f'slides take more packages: pip install "stainnorm-transform[slides]" ({error})') from error
+    return openslide, tifffile, tiffslide
+
+
+def _open(path: Path) -> tuple[Any, _Tiff]:
+    """The reader of a slide."""
+    check_regular(path)
+    if not path.stat().st_size:
+        raise ValueError("an empty file")
+    openslide, tifffile, tiffslide = packages()
+    tiff = _Tiff()
     try:
         tiff = _check_tiff(tifffile, path)
         return openslide.OpenSlide(path) if tiff.ome is None else tiffslide.TiffSlide(path), tiff
     except openslide.OpenSlideUnsupportedFormatError as error:
-        raise ValueError("not a slide of a format that OpenSlide reads, nor OME-TIFF") from error
+        if tiff.is_tiled is None:
+            raise ValueError("not a slide of a format that OpenSlide reads, nor OME-TIFF") from error
+        raise ValueError("a damaged or truncated TIFF" if tiff.is_tiled else "a TIFF that is not tiled") from error
     except (ValueError, MemoryError):
         raise
     except Exception as error:  # tifffile and tiffslide let errors of every kind through.
@@ -260,14 +275,35 @@ def _open(path: Path) -> tuple[Any, _Tiff]:
 def _check_tiff(tifffile: Any, path: Path) -> _Tiff:
     """Raises ValueError for a TIFF that is not 8-bit RGB."""
     try:
-        file = tifffile.TiffFile(path)
+        with _silent(tifffile.logger()):
+            file = tifffile.TiffFile(path)
     except tifffile.TiffFileError:
         return _Tiff()
-    with file:
-        page = max((page.aspage() for page in file.pages), key=lambda page: page.imagelength * page.imagewidth)
-        if page.samplesperpixel not in (3, 4) or page.bitspersample != 8:
-            raise ValueError(f"expected 8-bit RGB, got {page.samplesperpixel} channels of {page.bitspersample} bits")
-        return _Tiff(file.ome_metadata if file.is_ome else None, page.iccprofile)
+    with file, _silent(tifffile.logger()):
+        try:
+            pages = [page.aspage() for page in file.pages]
+        except Exception as error:
+            raise ValueError(f"a damaged or truncated TIFF ({_what(error)})") from error
+        if not pages:
+            raise ValueError("a damaged or truncated TIFF, in which no image is found")
+        page = max(pages, key=lambda page: page.imagelength * page.imagewidth)
+        channels, bits = page.samplesperpixel, page.bitspersample
+        if channels not in (3, 4) or bits != 8:
+            raise ValueError(f"expected 8-bit RGB, got {bits} bits and {channels} channel{'s' * (channels > 1)} a page")
+        if file.is_ome and page.planarconfig != tifffile.PLANARCONFIG.CONTIG:
+            raise ValueError("expected red, green and blue of a pixel side by side, got separate planes")
+        return _Tiff(page.is_tiled, file.ome_metadata if file.is_ome else None, page.iccprofile)
+
+
+@contextlib.contextmanager
+def _silent(logger: logging.Logger) -> Iterator[None]:
+    """For messages of damage without the name of the file."""
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _what(error: Exception) -> str:
@@ -311,13 +347,13 @@ def _icc_profile(reader: Any) -> bytes | None:
     return profile.tobytes() if profile is not None else None
 
 
-def _srgb_table(icc_profile: bytes, path: Path) -> NDArray[np.int32]:
+def _srgb_table(icc_profile: bytes) -> NDArray[np.int32]:
     """What every uint8 color is in sRGB, as ``color.shift_table``."""
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc_profile))
         convert = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), "RGB", "RGB")
     except (ImageCms.PyCMSError, OSError) as error:
-        raise ValueError(f"the ICC profile of {path} cannot be used: {_what(error)}") from error
+        raise ValueError(f"its ICC profile cannot be used: {_what(error)}") from error
     table = np.arange(TABLE_SIZE, dtype="<i4").view(np.uint8).reshape(256, 256, 256, 4)
     for colors in table:
         converted = ImageCms.applyTransform(Image.fromarray(np.ascontiguousarray(colors[..., :3])), convert)

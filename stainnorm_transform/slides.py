@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import math
 import os
@@ -87,6 +88,7 @@ def slide_normalizer(
 
 
 def sampled_side(slide: Slide) -> int:
+    """Side of a tile for the estimate, in pixels of level 0; a slide that says nothing of its scale is taken as 40x."""
     mpp = slide.mpp[0] if slide.mpp else OBJECTIVE_TIMES_MPP / (slide.objective or 40)
     low, high = SAMPLED_SIDES
     return min(max(round(SAMPLED_MICROMETERS / mpp), low), high)
@@ -95,9 +97,10 @@ def sampled_side(slide: Slide) -> int:
 def places(slide: Slide, side: int, threads: int) -> Iterator[tuple[int, int]]:
     """Corners of tiles, of those that may have tissue: first those with much, and spread evenly at any time."""
     columns, rows = (max(1, length // side) for length in slide.dimensions)
+    is_small = min(slide.dimensions) < side
     # Multiples of the golden ratio, modulo 1, are spread evenly, however many there are.
     order = np.argsort(np.arange(rows * columns) * ((math.sqrt(5) - 1) / 2) % 1, kind="stable")
-    if slide.level_downsamples[slide.level_for(side / MAP_SCALE)] >= MAP_SCALE:
+    if not is_small and slide.level_downsamples[slide.level_for(side / MAP_SCALE)] >= MAP_SCALE:
         share = tissue_shares(slide, side, threads).flatten()
         order = np.concatenate([order[share[order] >= 0.5], order[(share[order] > 0) & (share[order] < 0.5)]])
     for cell in order.tolist():
@@ -107,9 +110,11 @@ def places(slide: Slide, side: int, threads: int) -> Iterator[tuple[int, int]]:
 def tissue_shares(slide: Slide, side: float, threads: int) -> NDArray[np.float32]:
     """How much of each tile is tissue, by color alone: (rows, columns), of tiles of ``side`` pixels of level 0.
 
-    Tiles that are not whole, at the right and below, are left out, unless there are no others.
+    Tiles that are not whole, at the right and below, are left out.
     """
-    columns, rows = (max(1, int(length / side + 1e-6)) for length in slide.dimensions)
+    columns, rows = (int(length / side + 1e-6) for length in slide.dimensions)
+    if not columns or not rows:
+        return np.zeros((0, 0), np.float32)
     small, scale = slide.reduced(max(1.0, side / MAP_SCALE), threads)
     lab = rgb_to_lab(torch.from_numpy(small[..., :3]).permute(2, 0, 1)[None] / 255)
     low, high = TISSUE_LIGHTNESS
@@ -124,7 +129,7 @@ class SlideTiles(Dataset[dict[str, Any]]):
     """The tissue of a slide as normalized tiles, side by side, for a data loader: nothing is written.
 
     Every item is a dict of ``image``, uint8 (3, side, side); ``x`` and ``y``, its upper left corner in pixels of
-    level 0; and ``level``, which it was read from.
+    level 0; and ``level``, which it was read from. Tiles that are not whole, at the right and below, are left out.
 
     Args:
         path: of the slide.
@@ -132,13 +137,15 @@ class SlideTiles(Dataset[dict[str, Any]]):
             the colors as they are.
         side: of a tile in pixels.
         level: to read from.
-        mpp: micrometers a pixel to scale to, instead of a level: 0.5 is 20x.
-        min_tissue: share of a tile that must be tissue.
+        mpp: micrometers a pixel to scale to, instead of a level: 0.5 is 20x. Not much below that of the slide.
+        min_tissue: share of a tile that must be tissue, by its color, in [0, 1]; 0 takes every tile.
         to_srgb: as for ``Slide``.
 
     Attributes:
         normalize: the transform of the slide, with its offset, or None.
-        corners: (x, y) of each tile.
+        corners: (x, y) of each tile, in pixels of level 0.
+        side_level0: side of a tile in pixels of level 0.
+        level: that tiles are read from.
 
     Raises:
         ValueError: there is no such level, or ``mpp`` is asked for of a slide that has none; and as for ``Slide``.
@@ -162,6 +169,8 @@ class SlideTiles(Dataset[dict[str, Any]]):
     ) -> None:
         if side < 1:
             raise ValueError(f"expected a side of 1 pixel or more, got {side}")
+        if not 0 <= min_tissue <= 1:
+            raise ValueError(f"expected a share of tissue in [0, 1], got {min_tissue}")
         if level and mpp is not None:
             raise ValueError(f"expected a level or an mpp, got both: {level} and {mpp}")
         self.path, self.side, self.to_srgb = Path(path), side, to_srgb
@@ -175,14 +184,20 @@ class SlideTiles(Dataset[dict[str, Any]]):
                 raise ValueError(f"{path} does not say its resolution: choose a level instead of mpp={mpp}")
             if not 0 < mpp < math.inf:
                 raise ValueError(f"expected micrometers a pixel above 0, got {mpp}")
-            downsample = mpp / slide.mpp[0]
+            downsample = mpp / math.sqrt(slide.mpp[0] * slide.mpp[1])
+            if downsample < 0.9:
+                raise ValueError(f"expected mpp as large as that of the slide, {slide.mpp[0]:g}, or larger, got {mpp}")
             level = slide.level_for(downsample)
         self.level = level
         self._read_side = max(1, round(side * downsample / slide.level_downsamples[level]))
-        self.normalize = slide_normalizer(slide, normalize)[0] if normalize else None
-        rows, columns = np.nonzero(tissue_shares(slide, side * downsample, cores()) >= min_tissue)
+        self.side_level0 = side * downsample
+        self.normalize = None
+        if normalize is not None:
+            # Images are on the CPU.
+            self.normalize = copy.deepcopy(slide_normalizer(slide, normalize)[0]).cpu()
+        rows, columns = np.nonzero(tissue_shares(slide, self.side_level0, cores()) >= min_tissue)
         self.corners = [
-            (round(column * side * downsample), round(row * side * downsample))
+            (round(column * self.side_level0), round(row * self.side_level0))
             for row, column in zip(rows.tolist(), columns.tolist(), strict=True)
         ]
 

@@ -2,6 +2,7 @@ import functools
 import os
 import struct
 import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from render_tiles import LABS, render_tile
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
-from stainnorm_transform import ColorNormNet, NormalizeStain, TrainConfig, weights
+from stainnorm_transform import ColorNormNet, NormalizeStain, TrainConfig, files, weights
 from stainnorm_transform.cli import main
 
+COMMAND = [sys.executable, "-c", "import sys; from stainnorm_transform.cli import main; sys.exit(main())", "normalize"]
 ROOT = Path(__file__).parent.parent
 
 settings.register_profile("fuzz", max_examples=5000, derandomize=False)
@@ -63,6 +65,23 @@ def run(trained, tmp_path):
         return main(["normalize", *map(str, inputs), "--out", str(tmp_path / out), "--weights", str(trained), *options])
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def as_a_new_process():
+    files.remove_leftovers.cache_clear()
+
+
+@pytest.fixture
+def start(trained, tmp_path):
+    """Starts the command in a process of its own."""
+
+    def start(folder, *options, out=tmp_path / "out"):
+        command = [*COMMAND, folder, "--weights", trained, "--out", out, *options]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    return start
 
 
 @pytest.fixture

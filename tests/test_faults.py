@@ -6,13 +6,12 @@ import fcntl
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from camelyon17 import read
-from conftest import save
+from conftest import COMMAND, save
 from PIL import Image
 from render_tiles import render_tile
 from torchvision.transforms.v2.functional import to_pil_image
@@ -20,26 +19,6 @@ from torchvision.transforms.v2.functional import to_pil_image
 from stainnorm_transform import TrainConfig, __version__, files, images, record, weights
 from stainnorm_transform.cli import main
 from stainnorm_transform.estimate import estimate_offset
-
-COMMAND = [sys.executable, "-c", "import sys; from stainnorm_transform.cli import main; sys.exit(main())", "normalize"]
-
-
-@pytest.fixture(autouse=True)
-def as_a_new_process():
-    files.remove_leftovers.cache_clear()
-
-
-@pytest.fixture
-def start(trained, tmp_path):
-    """Starts the command in a process of its own."""
-
-    def start(folder):
-        command = [*COMMAND, folder, "--weights", trained]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        pipe = subprocess.PIPE
-        return subprocess.Popen([*command, "--out", tmp_path / "out"], env=environment, stdout=pipe, stderr=pipe)
-
-    return start
 
 
 def make_tiles(folder, count):

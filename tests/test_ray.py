@@ -9,25 +9,18 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import make_slide, save, tissue
+from conftest import COMMAND, make_slide, save, tissue
 from safetensors.torch import load_file
-from test_faults import COMMAND, rows
-
-from stainnorm_transform import files
+from test_faults import rows
 
 ray = pytest.importorskip("ray")
 
 
-@pytest.fixture(autouse=True)
-def as_a_new_process():
-    files.remove_leftovers.cache_clear()
-
-
 @pytest.fixture
-def start(trained, tmp_path):
+def start_on_ray(trained, tmp_path):
     """Starts the command on a cluster of its own with two CPUs."""
 
-    def start(*options):
+    def start_on_ray(*options):
         code = COMMAND[2].replace("; sys.exit", "; import ray; ray.init(num_cpus=2, log_to_driver=False); sys.exit")
         command = [sys.executable, "-c", code, "normalize", tmp_path / "in", "--out", tmp_path / "out"]
         command += ["--weights", trained, "--ray", "--threads", "1", *options]
@@ -35,7 +28,7 @@ def start(trained, tmp_path):
         pipe = subprocess.PIPE
         return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
 
-    return start
+    return start_on_ray
 
 
 def manifest(out):
@@ -59,13 +52,13 @@ def open_files(folder):
 
 
 @pytest.mark.slow
-def test_nothing_is_lost_or_done_twice_when_a_worker_is_killed(start, tmp_path):
+def test_nothing_is_lost_or_done_twice_when_a_worker_is_killed(start_on_ray, tmp_path):
     out = tmp_path / "out"
     for number in range(6):
         make_slide(tmp_path / f"in/{number}.svs", tissue(3000, 3000))
     save(tmp_path / "in/tile.png")
     (tmp_path / "in/bad.svs").write_bytes(b"abc")
-    process = start()
+    process = start_on_ray("--overview")
     # One worker is killed while it writes a slide, after another has been finished.
     while not list(out.glob("*.tif")) or not (writing := open_files(out)):
         assert process.poll() is None, process.communicate()
@@ -77,7 +70,7 @@ def test_nothing_is_lost_or_done_twice_when_a_worker_is_killed(start, tmp_path):
     assert "7 of 8 images normalized" in output
     assert "bad.svs: not a slide of a format" in error
     names = {f"{number}.tif" for number in range(6)} | {"tile.png"}
-    assert {path.name for path in out.iterdir()} == names | {"offsets.csv", "manifest.csv"}
+    assert {path.name for path in out.iterdir()} == names | {"offsets.csv", "manifest.csv", "overview.png"}
     listed = [row["output"] for row in rows(out)]
     assert set(listed) == names
     # The line comes before the name: the slide of the killed worker may have two.
@@ -90,7 +83,7 @@ def test_nothing_is_lost_or_done_twice_when_a_worker_is_killed(start, tmp_path):
     assert sum(found[name]["seconds"] == "" for name in names) <= 1
     # The next run does what is left, and that is nothing.
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.tif")}
-    process = start()
+    process = start_on_ray()
     output, error = process.communicate(timeout=200)
     assert "7 of 8 images normalized" in output
     assert "7 of them by an earlier run" in output
@@ -99,9 +92,9 @@ def test_nothing_is_lost_or_done_twice_when_a_worker_is_killed(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_more_threads_than_any_machine_has_are_refused(start, tmp_path):
+def test_more_threads_than_any_machine_has_are_refused(start_on_ray, tmp_path):
     save(tmp_path / "in/tile.png")
-    process = start("--threads", "3")
+    process = start_on_ray("--threads", "3")
     _, error = process.communicate(timeout=200)
     assert process.returncode == 2
     assert "no machine of the cluster has 3 CPUs, but 2: choose --threads" in error
@@ -126,9 +119,9 @@ def test_features_of_an_archive(tmp_path):
     assert first.returncode == 1, first.stderr
     assert "bad.svs: ValueError: not a slide" in first.stderr + first.stdout
     files = {path.name: load_file(path) for path in (tmp_path / "out").iterdir()}
-    assert files.keys() == {"a.safetensors", "b.safetensors"}
-    assert files["a.safetensors"]["features"].shape == (4, 2048)
-    assert files["a.safetensors"]["corners"].tolist() == [[0, 0], [224, 0], [0, 224], [224, 224]]
+    assert files.keys() == {"a.svs.safetensors", "b.svs.safetensors"}
+    assert files["a.svs.safetensors"]["features"].shape == (4, 2048)
+    assert files["a.svs.safetensors"]["corners"].tolist() == [[0, 0], [224, 0], [0, 224], [224, 224]]
     (tmp_path / "in/bad.svs").unlink()
     second = subprocess.run(command, capture_output=True, text=True, check=False)
     assert second.returncode == 0, second.stderr

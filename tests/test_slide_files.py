@@ -1,6 +1,5 @@
 import os
 import signal
-import subprocess
 import sys
 import time
 from itertools import pairwise
@@ -15,10 +14,10 @@ from conftest import make_slide, save, tissue
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_faults import COMMAND, rows
+from test_faults import rows
 from test_slides import damage
 
-from stainnorm_transform import NormalizeStain, files
+from stainnorm_transform import NormalizeStain
 from stainnorm_transform.cli import main
 from stainnorm_transform.color import shift_ab
 from stainnorm_transform.pyramid import level_sizes
@@ -26,11 +25,6 @@ from stainnorm_transform.slide_files import SlideFormat, write_slide
 from stainnorm_transform.slides import Slide, slide_normalizer
 
 LOSSLESS = SlideFormat(quality=None)
-
-
-@pytest.fixture(autouse=True)
-def as_a_new_process():
-    files.remove_leftovers.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -285,14 +279,14 @@ def test_given_offsets(run, tmp_path, capsys):
     assert {row["output"]: (row["offset_a"], row["offset_b"]) for row in rows(tmp_path / "same")} == found
     table.write_text("input,offset_a,offset_b\na.svs,1,2\nx/b.svs,9,9\ny/b.svs,8,8\nc.png,5,6\n")
     assert run(tmp_path / "in", out="part", options=["--offset", str(table)]) == 1
-    assert f"b.svs: expected one offset for it in {table}, got 2" in capsys.readouterr().err
+    assert f"b.svs: expected one offset for files of its name in {table}, got 2" in capsys.readouterr().err
     assert {row["output"] for row in rows(tmp_path / "part")} == {"a.tif", "c.png"}
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("1", "expected two finite numbers, as in --offset=3.5,-2, or a CSV file, got '1'"),
+        ("1", "expected two finite numbers, as in --offset=3.5,-2, or a CSV file that is there, got '1'"),
         ("1,nan", "expected two finite numbers"),
         ("table.csv", "line 2: expected two finite numbers"),
         ("other.csv", "expected columns input, offset_a and offset_b, got no input"),
@@ -337,7 +331,7 @@ def test_bad_slides_are_named_and_the_others_done(run, tmp_path, capsys):
         assert f"{name}: damaged at x = " in captured.err
     assert "none.ndpi: not a slide of a format that OpenSlide reads" in captured.err
     assert "short.svs: " in captured.err
-    assert "grey.tif: expected 8-bit RGB, got 1 channels of 8 bits" in captured.err
+    assert "grey.tif: expected 8-bit RGB, got 8 bits and 1 channel a page" in captured.err
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"good.tif", "offsets.csv"}
     assert "Traceback" not in captured.err
 
@@ -346,6 +340,8 @@ def test_inputs_are_no_outputs(run, tmp_path, capsys):
     path = make_slide(tmp_path / "in/a.tif", tissue(300, 300))
     before = path.read_bytes()
     assert run(tmp_path / "in", out="in") == 2
+    assert "is an input, whose files would be overwritten" in capsys.readouterr().err
+    assert run(path, out="in") == 2
     assert "is an input and would be overwritten" in capsys.readouterr().err
     assert path.read_bytes() == before
     make_slide(tmp_path / "in/a.svs", tissue(300, 300))
@@ -368,15 +364,25 @@ def test_a_full_disk_leaves_no_part_of_a_slide(run, tmp_path, small_disk, capsys
     assert levels_of(disk / "out/a.tif")[0].shape == (1100, 1500, 3)
 
 
+@pytest.mark.parametrize("threads", ["1", "3"])
+def test_a_full_disk_while_many_blocks_wait(start, tmp_path, small_disk, threads):
+    """Threads must not read from a slide that has been closed: OpenSlide would end the process."""
+    disk, _ = small_disk
+    make_slide(tmp_path / "in/a.svs", tissue(6000, 6000), compression="jpeg")
+    process = start(tmp_path / "in", "--threads", threads, out=disk / "out")
+    _, error = process.communicate()
+    assert process.returncode == 2, error
+    assert b"No space left on device: '" + os.fsencode(disk / "out/a.tif") in error
+    assert {path.name for path in (disk / "out").iterdir()} == {"offsets.csv"}
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_run_that_is_stopped_leaves_whole_slides_only(run, trained, tmp_path, capsys, number):
+def test_a_run_that_is_stopped_leaves_whole_slides_only(run, start, tmp_path, capsys, number):
     for name in "abcd":
         make_slide(tmp_path / f"in/{name}.svs", tissue(2500, 2500))
     out = tmp_path / "out"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*COMMAND, tmp_path / "in", "--weights", trained, "--out", out, "--threads", "1"]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while not (out / "a.tif").exists() or not list(out.glob(".stainnorm-*")):
+    process = start(tmp_path / "in", "--threads", "1")
+    while not (out / "a.tif").exists() or not any(part.stat().st_size for part in out.glob(".stainnorm-*")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.001)
     process.send_signal(number)
@@ -403,15 +409,15 @@ def test_slides_without_the_packages_are_named(run, tmp_path, monkeypatch, capsy
     make_slide(tmp_path / "in/a.svs", tissue(300, 300))
     save(tmp_path / "in/c.png")
     monkeypatch.setitem(sys.modules, "openslide", None)
-    assert run(tmp_path / "in") == 1
-    captured = capsys.readouterr()
-    assert "1 of 2 images" in captured.out
-    assert 'a.svs: reading slides takes more packages: pip install "stainnorm-transform[slides]"' in captured.err
+    assert run(tmp_path / "in") == 2
+    assert 'slides take more packages: pip install "stainnorm-transform[slides]"' in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--out", ""], "got an empty name"),
         (["--quality", "0"], "expected a JPEG quality from 1 to 100, got 0"),
         (["--threads", "0"], "expected a number of 1 or more, got '0'"),
         (["--quality", "80", "--lossless"], "not allowed with argument"),
