@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,7 +17,7 @@ from stainnorm_transform import images, record, slide_reader, weights
 from stainnorm_transform.cli_options import add_device, add_inputs, path_name
 from stainnorm_transform.file_normalizer import FULL, FileNormalizer, Offsets, Outcome, Settings, picture, reason
 from stainnorm_transform.files import printable, remove_leftovers, replacing
-from stainnorm_transform.ray_tasks import MANIFEST, normalize_by_ray, write_manifest
+from stainnorm_transform.ray_tasks import MANIFEST, check_manifest, normalize_by_ray, write_manifest
 from stainnorm_transform.slide_files import SlideFormat
 from stainnorm_transform.slide_reader import is_slide
 from stainnorm_transform.threads import cores
@@ -42,8 +43,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         epilog="DIR/offsets.csv lists each file, by its full path, with the offset that was taken from it; of several "
         "lines for one output the last counts. The same command again does what is missing: a file is finished if "
         "the list has it and path, size and time of change of the file and of its result are as listed, as are the "
-        "weights, the version of the program, and the options that the result depends on. Results of files that are "
-        "gone stay. Files that cannot be normalized are named at the end, and the exit status is then 1.",
+        "weights, the version of the program, and the options that the result depends on; of a slide of several files "
+        "only the one that is opened is compared. Results of files that are gone, or that have another name "
+        "with --ome, stay. Files that cannot be normalized are named at the end, and the exit status is then 1.",
     )
     add_inputs(parser, "image, slide")
     parser.add_argument(
@@ -147,6 +149,8 @@ def run(options: argparse.Namespace) -> int:
                 f"{path} would be written to {output}, which is there and was not made by this command: choose another "
                 "output folder, or remove it"
             )
+    if options.ray:
+        check_manifest(settings.out)
     out.mkdir(parents=True, exist_ok=True)
     for folder in {output.parent for output in outputs.values()}:
         remove_leftovers(folder)
@@ -155,12 +159,14 @@ def run(options: argparse.Namespace) -> int:
         try:
             work = _unfinished(normalizer, outputs, outcomes, options.again)
             results = normalize_by_ray(settings, work, options.again) if options.ray else _normalize(normalizer, work)
-            done = tqdm(results, total=len(outputs), initial=len(outcomes), unit="file", disable=None)
-            for path, outcome in done:
-                if outcome.number in FULL:
-                    go_on = "" if options.again else "; the same command goes on from here"
-                    raise OSError(f"{outcome.error}: stopped; what was finished is kept{go_on}")
-                outcomes[path] = outcome
+            with contextlib.closing(results):
+                for path, outcome in tqdm(
+                    results, total=len(outputs), initial=len(outcomes), unit="file", disable=None
+                ):
+                    if outcome.number in FULL:
+                        go_on = "" if options.again else "; the same command goes on from here"
+                        raise OSError(f"{outcome.error}: stopped; what was finished is kept{go_on}")
+                    outcomes[path] = outcome
         finally:
             _report(normalizer, outputs, outcomes, options.out)
             if options.ray:
@@ -173,7 +179,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _absolute(name: str) -> str:
-    return os.path.abspath(name) if os.path.exists(name) else name
+    return os.path.abspath(name) if name not in weights.names() and os.path.exists(name) else name
 
 
 def _unfinished(normalizer: FileNormalizer, outputs: Work, outcomes: dict[Path, Outcome], again: bool) -> Work:
@@ -190,7 +196,7 @@ def _unfinished(normalizer: FileNormalizer, outputs: Work, outcomes: dict[Path, 
     return work
 
 
-def _normalize(normalizer: FileNormalizer, work: Work) -> Iterator[tuple[Path, Outcome]]:
+def _normalize(normalizer: FileNormalizer, work: Work) -> Generator[tuple[Path, Outcome]]:
     for path, output in work.items():
         with _SlideBar(path) as bar:
             outcome = normalizer.outcome(path, output, bar.update)

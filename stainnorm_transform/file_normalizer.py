@@ -79,42 +79,39 @@ class Offsets:
                     f"expected two finite numbers, as in --offset=3.5,-2, or a CSV file that is there, got {text!r}"
                 ) from error
         found: dict[str, tuple[float, float]] = {}
-        with open(text, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        # Spreadsheets begin with a mark.
+        with open(text, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             reader = csv.DictReader(file)
-            missing = {"input", "offset_a", "offset_b"} - set(reader.fieldnames or ())
-            if missing:
-                raise ValueError(f"{text}: expected columns input, offset_a and offset_b, got no {sorted(missing)[0]}")
-            for row in reader:
-                try:
-                    found[row["input"]] = _pair(row["offset_a"], row["offset_b"])
-                except (TypeError, ValueError) as error:
-                    raise ValueError(
-                        f"{text}, line {reader.line_num}: expected two finite numbers ({error})"
-                    ) from error
+            try:
+                missing = {"input", "offset_a", "offset_b"} - set(reader.fieldnames or ())
+                if missing:
+                    raise ValueError(f"expected columns input, offset_a and offset_b, got no {min(missing)}")
+                for row in reader:
+                    pair = _pair(row["offset_a"], row["offset_b"])
+                    is_name = os.path.basename(row["input"]) == row["input"]
+                    found[row["input"] if is_name else os.path.realpath(row["input"])] = pair
+            except (TypeError, ValueError, csv.Error) as error:
+                raise ValueError(f"{text}, line {reader.line_num}: {error}") from error
         return cls(by_path=found, name=text)
 
     def of(self, path: Path) -> tuple[float, float]:
-        """The offset of a file, in a CSV file by its full path or else its name.
+        """The offset of a file; in a CSV file that of its path, or else of its name where no folder is given.
 
         Raises:
-            ValueError: it has none, or several.
+            ValueError: it has none.
         """
         if self.for_all is not None:
             return self.for_all
-        if str(path) in self.by_path:
-            return self.by_path[str(path)]
-        named = {offset for name, offset in self.by_path.items() if Path(name).name == path.name}
-        if not named:
-            raise ValueError(f"it is not in {self.name}")
-        if len(named) > 1:
-            raise ValueError(f"expected one offset for files of its name in {self.name}, got {len(named)}")
-        return named.pop()
+        for key in (os.path.realpath(path), path.name):
+            if key in self.by_path:
+                return self.by_path[key]
+        raise ValueError(f"it is not in {self.name}")
 
 
 def _pair(a: str, b: str) -> tuple[float, float]:
     pair = float(a), float(b)
     if not torch.tensor(pair).isfinite().all():
-        raise ValueError(f"got {a}, {b}")
+        raise ValueError(f"expected two finite numbers, got {a}, {b}")
     return pair
 
 
@@ -212,6 +209,8 @@ class FileNormalizer:
             notes = []
             if tiles == 0:
                 notes.append("no tissue was found, colors are as they were")
+            if slide.mpp and not self.settings.slide_format.ome and not 0.99 < slide.mpp[0] / slide.mpp[1] < 1.01:
+                notes.append("pixels are not square, OpenSlide will give the mean of their sides")
             if slide.mpp is None:
                 notes.append("the slide does not say its resolution, nor does the result")
         return "; ".join(notes) or None

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import csv
-import functools
 import io
+import itertools
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
+from typing import Any
 
 from stainnorm_transform.file_normalizer import FileNormalizer, Outcome, Settings
-from stainnorm_transform.files import remove_leftovers, replacing
+from stainnorm_transform.files import check_regular, remove_leftovers, replacing
 
 MANIFEST = "manifest.csv"
 # How often a file is begun again when the process that works on it dies.
 RETRIES = 3
+# Tasks that are submitted at a time.
+AHEAD = 1000
+HEADER = ["input", "output", "status", "seconds", "message"]
 
 
-def normalize_by_ray(settings: Settings, work: Mapping[Path, Path], again: bool) -> Iterator[tuple[Path, Outcome]]:
+def normalize_by_ray(settings: Settings, work: Mapping[Path, Path], again: bool) -> Generator[tuple[Path, Outcome]]:
     """Normalizes files in tasks of their own; yields each with its outcome, in the order in which they end.
 
     The cluster is that of RAY_ADDRESS, or one that runs on this machine, or else one that is started on it. A task
@@ -50,13 +54,20 @@ def normalize_by_ray(settings: Settings, work: Mapping[Path, Path], again: bool)
             raise ValueError(f"no machine of the cluster has {settings.threads} CPUs, but {most:g}: choose --threads")
         gpus = 1 if settings.device is not None and settings.device.startswith("cuda") else 0
         task = ray.remote(num_cpus=settings.threads, num_gpus=gpus, max_retries=RETRIES)(_normalize)
-        waiting = {task.remote(settings, path, output, again): path for path, output in work.items()}
+        rest = iter(work.items())
+        waiting: dict[Any, Path] = {}
         try:
-            while waiting:
+            while True:
+                for path, output in itertools.islice(rest, AHEAD - len(waiting)):
+                    waiting[task.remote(settings, path, output, again)] = path
+                if not waiting:
+                    break
                 (ended,), _ = ray.wait(list(waiting), num_returns=1)
                 path = waiting.pop(ended)
                 try:
                     outcome = ray.get(ended)
+                except ray.exceptions.RayTaskError as error:
+                    outcome = Outcome(error=f"the task failed: {error.cause}")
                 except ray.exceptions.RayError as error:
                     outcome = Outcome(error=f"its process died {RETRIES + 1} times ({type(error).__name__})")
                 yield path, outcome
@@ -73,7 +84,9 @@ def normalize_by_ray(settings: Settings, work: Mapping[Path, Path], again: bool)
 
 def _normalize(settings: Settings, path: Path, output: Path, again: bool) -> Outcome:
     """The task. What an earlier attempt has finished, before its process died, is not made again."""
-    normalizer = _normalizer(settings)
+    if _made.get("settings") != settings:
+        _made.update(settings=settings, normalizer=FileNormalizer(settings))
+    normalizer = _made["normalizer"]
     normalizer.record.reread()
     try:
         if not again and normalizer.is_current(path, output):
@@ -84,14 +97,24 @@ def _normalize(settings: Settings, path: Path, output: Path, again: bool) -> Out
         return normalizer.outcome(path, output)
 
 
-_normalizer = functools.lru_cache(maxsize=1)(FileNormalizer)
+# What the last task of this process used.
+_made: dict[str, Any] = {}
+
+
+def check_manifest(out: Path) -> None:
+    """Raises ValueError if the folder has a file of that name that is none."""
+    if os.path.lexists(out / MANIFEST):
+        check_regular(out / MANIFEST)
+        with (out / MANIFEST).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+            if file.readline(1000).strip() != ",".join(HEADER):
+                raise ValueError(f"{out / MANIFEST} is not a manifest of this command, and is not replaced: move it")
 
 
 def write_manifest(out: Path, outputs: Mapping[Path, Path], outcomes: Mapping[Path, Outcome]) -> None:
-    """Writes ``manifest.csv``: each file with its output, and what became of it."""
+    """Writes ``manifest.csv``: each file of the run with its output and status."""
     lines = io.StringIO(newline="")
     writer = csv.writer(lines)
-    writer.writerow(["input", "output", "status", "seconds", "message"])
+    writer.writerow(HEADER)
     for path, output in outputs.items():
         outcome = outcomes.get(path)
         if outcome is None:

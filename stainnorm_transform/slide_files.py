@@ -138,7 +138,7 @@ def _write_ome(
     made: dict[str, str],
 ) -> None:
     description = ", ".join(f"{key} = {value}" for key, value in made.items())
-    metadata: dict[str, Any] = {"axes": "YXS", "Name": slide.path.stem, "Description": description}
+    metadata: dict[str, Any] = {"axes": "YXS", "Name": "slide", "Description": description}
     if slide.mpp:
         for axis, mpp in zip("XY", slide.mpp, strict=True):
             metadata |= {f"PhysicalSize{axis}": mpp, f"PhysicalSize{axis}Unit": "µm"}

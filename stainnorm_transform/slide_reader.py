@@ -37,6 +37,8 @@ OME = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
 _READ_SIDE = 1024
 _MICROMETERS = {"nm": 1e-3, "µm": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6}
 _STRIP_PIXELS = 1 << 16
+# What is outside is no resolution of a slide.
+_MPP = (0.01, 1000.0)
 
 
 class Slide:
@@ -67,7 +69,17 @@ class Slide:
     def __init__(self, path: str | os.PathLike[str], to_srgb: bool = False) -> None:
         self.path = Path(path)
         self._reader, tiff = _open(self.path)
+        try:
+            self._describe(tiff, to_srgb)
+        except Exception as error:
+            self.close()
+            if isinstance(error, ValueError):
+                raise
+            raise ValueError(f"damaged slide ({_what(error)})") from error
+
+    def _describe(self, tiff: _Tiff, to_srgb: bool) -> None:
         properties = self._reader.properties
+        self._is_ome = tiff.ome is not None
         self.level_dimensions: list[tuple[int, int]] = [tuple(size) for size in self._reader.level_dimensions]
         self.level_downsamples: list[float] = [float(value) for value in self._reader.level_downsamples]
         self.dimensions = self.level_dimensions[0]
@@ -76,6 +88,7 @@ class Slide:
             self.objective = _positive(properties.get("openslide.objective-power"))
         else:
             mpp, self.objective = _ome_metadata(tiff.ome)
+        mpp = [value if value is not None and _MPP[0] <= value <= _MPP[1] else None for value in mpp]
         self.mpp = None if mpp[0] is None or mpp[1] is None else (mpp[0], mpp[1])
         # The files of one DICOM slide agree in it.
         self.series = str(properties.get("dicom.SeriesInstanceUID"))
@@ -117,16 +130,33 @@ class Slide:
         """As ``read``, as it lies in memory, read-only: (height, width, 4), of which the last channel means nothing."""
         if not 0 <= level < len(self.level_dimensions):
             raise ValueError(f"expected a level from 0 to {len(self.level_dimensions) - 1}, got {level}")
+        if width < 1 or height < 1:
+            raise ValueError(f"expected a region of 1 x 1 pixels or more, got {width} x {height}")
         try:
-            region = self._reader.read_region((x, y), level, (width, height))
+            region = self._region(x, y, width, height, level)
         except Exception as error:
             raise ValueError(f"damaged at x = {x}, y = {y} of {width} x {height} pixels: {_what(error)}") from error
-        if region.mode != "RGBA":
-            region = region.convert("RGBA")
         pixels = np.asarray(region)
         if pixels[..., 3].min() < 255:
             pixels = np.asarray(Image.alpha_composite(Image.new("RGBA", region.size, self._background), region))
         return pixels if self._colors is None else look_up_pixels(pixels, self._colors)
+
+    def _region(self, x: int, y: int, width: int, height: int, level: int) -> Image.Image:
+        """A region of mode RGBA, transparent where it is outside of what was scanned."""
+        if not self._is_ome:
+            return self._reader.read_region((x, y), level, (width, height))
+        scale = self.level_downsamples[level]
+        left, top = round(x / scale), round(y / scale)
+        columns, rows = self.level_dimensions[level]
+        right, bottom = min(left + width, columns), min(top + height, rows)
+        region = Image.new("RGBA", (width, height))
+        inside = max(0, left), max(0, top)
+        if inside[0] < right and inside[1] < bottom:
+            start = round(inside[0] * scale), round(inside[1] * scale)
+            size = right - inside[0], bottom - inside[1]
+            part = self._reader.read_region(start, level, size).convert("RGBA")
+            region.paste(part, (inside[0] - left, inside[1] - top))
+        return region
 
     def associated_images(self) -> dict[str, Image.Image]:
         """The images of mode RGB beside the scan, by name: of the label, of the whole glass (macro), a thumbnail."""
@@ -172,6 +202,7 @@ def is_slide(path: Path) -> bool:
     if suffix not in (".tif", ".tiff"):
         return suffix in SUFFIXES
     try:
+        check_regular(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
@@ -192,9 +223,11 @@ def without_parts(paths: Iterable[Path]) -> list[Path]:
     parts: set[Path] = set()
     for path in paths:
         if path.suffix.lower() in (".vms", ".vmu"):
-            with contextlib.suppress(OSError):
-                values = (line.partition("=")[2].strip() for line in path.read_text(errors="replace").splitlines())
-                parts |= {path.with_name(value) for value in values if value and "/" not in value}
+            with contextlib.suppress(OSError, ValueError):
+                check_regular(path)
+                with path.open(errors="replace") as file:
+                    lines = file.read(1 << 20).splitlines()
+                parts |= {path.parent / line.partition("=")[2].strip() for line in lines}
     seen: set[tuple[Path, str]] = set()
     for path in paths:
         if path.suffix.lower() == ".dcm":
@@ -229,7 +262,7 @@ def corners(width: int, height: int, side: int) -> Iterator[tuple[int, int]]:
 class _Tiff(NamedTuple):
     """What is looked up in a TIFF file besides: its layout, its OME-XML, and the ICC profile as it is stored."""
 
-    is_tiled: bool | None = None
+    tiled_pages: int | None = None
     ome: str | None = None
     icc_profile: bytes | None = None
 
@@ -259,11 +292,17 @@ def _open(path: Path) -> tuple[Any, _Tiff]:
     tiff = _Tiff()
     try:
         tiff = _check_tiff(tifffile, path)
-        return openslide.OpenSlide(path) if tiff.ome is None else tiffslide.TiffSlide(path), tiff
+        if tiff.ome is not None:
+            return tiffslide.TiffSlide(path), tiff
+        slide = openslide.OpenSlide(path)
+        if slide.properties["openslide.vendor"] == "generic-tiff" and (tiff.tiled_pages or 0) > slide.level_count:
+            slide.close()
+            raise ValueError(f"{tiff.tiled_pages} pages, of which only one would be kept: split it first")
+        return slide, tiff
     except openslide.OpenSlideUnsupportedFormatError as error:
-        if tiff.is_tiled is None:
+        if tiff.tiled_pages is None:
             raise ValueError("not a slide of a format that OpenSlide reads, nor OME-TIFF") from error
-        raise ValueError("a damaged or truncated TIFF" if tiff.is_tiled else "a TIFF that is not tiled") from error
+        raise ValueError("a damaged or truncated TIFF" if tiff.tiled_pages else "a TIFF that is not tiled") from error
     except (ValueError, MemoryError):
         raise
     except Exception as error:  # tifffile and tiffslide let errors of every kind through.
@@ -290,9 +329,20 @@ def _check_tiff(tifffile: Any, path: Path) -> _Tiff:
         channels, bits = page.samplesperpixel, page.bitspersample
         if channels not in (3, 4) or bits != 8:
             raise ValueError(f"expected 8-bit RGB, got {bits} bits and {channels} channel{'s' * (channels > 1)} a page")
-        if file.is_ome and page.planarconfig != tifffile.PLANARCONFIG.CONTIG:
+        if page.photometric not in (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR):
+            raise ValueError(f"expected RGB, got color model {page.photometric.name}")
+        tiled = sum(page.is_tiled for page in pages)
+        if not file.is_ome:
+            return _Tiff(tiled, None, page.iccprofile)
+        if page.planarconfig != tifffile.PLANARCONFIG.CONTIG:
             raise ValueError("expected red, green and blue of a pixel side by side, got separate planes")
-        return _Tiff(page.is_tiled, file.ome_metadata if file.is_ome else None, page.iccprofile)
+        if file.series[0].ndim != 3:
+            raise ValueError(f"expected one plane of RGB (axes YXS), got axes {file.series[0].axes}")
+        # Thumbnail, label and macro image are small, or in strips.
+        others = [series.size for series in file.series[1:] if series.keyframe.is_tiled]
+        if max(others, default=0) > file.series[0].size / 4:
+            raise ValueError(f"expected one scan, and first, got {len(file.series)} images, others as large")
+        return _Tiff(tiled, file.ome_metadata, page.iccprofile)
 
 
 @contextlib.contextmanager
@@ -332,8 +382,14 @@ def _ome_metadata(xml: str) -> tuple[list[float | None], float | None]:
         root = ElementTree.fromstring(xml)
     except ElementTree.ParseError:
         return [None, None], None
-    objective, pixels = root.find(".//{*}Objective"), root.find(".//{*}Pixels")
-    magnification = None if objective is None else _positive(objective.get("NominalMagnification"))
+    pixels, used = root.find("{*}Image/{*}Pixels"), root.find("{*}Image/{*}ObjectiveSettings")
+    objectives = {found.get("ID"): found for found in root.iterfind("{*}Instrument/{*}Objective")}
+    # An image that does not say which has that of its only instrument.
+    if used is not None:
+        objectives = {name: found for name, found in objectives.items() if name == used.get("ID")}
+    magnification = None
+    if len(objectives) == 1:
+        magnification = _positive(next(iter(objectives.values())).get("NominalMagnification"))
     mpp: list[float | None] = []
     for axis in "XY":
         size = None if pixels is None else _positive(pixels.get(f"PhysicalSize{axis}"))
@@ -343,8 +399,11 @@ def _ome_metadata(xml: str) -> tuple[list[float | None], float | None]:
 
 
 def _icc_profile(reader: Any) -> bytes | None:
-    profile = getattr(reader, "color_profile", None)
-    return profile.tobytes() if profile is not None else None
+    try:
+        profile = getattr(reader, "color_profile", None)
+        return profile.tobytes() if profile is not None else None
+    except (ImageCms.PyCMSError, OSError):  # A damaged profile is of no use.
+        return None
 
 
 def _srgb_table(icc_profile: bytes) -> NDArray[np.int32]:

@@ -175,13 +175,18 @@ class SlideTiles(Dataset[dict[str, Any]]):
             raise ValueError(f"expected a level or an mpp, got both: {level} and {mpp}")
         self.path, self.side, self.to_srgb = Path(path), side, to_srgb
         self._slides: dict[int, Slide] = {}
-        slide = self._slide()
+        with Slide(path, to_srgb) as slide:
+            self._choose(slide, normalize, level, mpp, min_tissue)
+
+    def _choose(
+        self, slide: Slide, normalize: NormalizeStain | None, level: int, mpp: float | None, min_tissue: float
+    ) -> None:
         if not 0 <= level < len(slide.level_dimensions):
             raise ValueError(f"expected a level from 0 to {len(slide.level_dimensions) - 1}, got {level}")
         downsample = slide.level_downsamples[level]
         if mpp is not None:
             if slide.mpp is None:
-                raise ValueError(f"{path} does not say its resolution: choose a level instead of mpp={mpp}")
+                raise ValueError(f"{self.path} does not say its resolution: choose a level instead of mpp={mpp}")
             if not 0 < mpp < math.inf:
                 raise ValueError(f"expected micrometers a pixel above 0, got {mpp}")
             downsample = mpp / math.sqrt(slide.mpp[0] * slide.mpp[1])
@@ -189,8 +194,8 @@ class SlideTiles(Dataset[dict[str, Any]]):
                 raise ValueError(f"expected mpp as large as that of the slide, {slide.mpp[0]:g}, or larger, got {mpp}")
             level = slide.level_for(downsample)
         self.level = level
-        self._read_side = max(1, round(side * downsample / slide.level_downsamples[level]))
-        self.side_level0 = side * downsample
+        self._read_side = max(1, round(self.side * downsample / slide.level_downsamples[level]))
+        self.side_level0 = self.side * downsample
         self.normalize = None
         if normalize is not None:
             # Images are on the CPU.
@@ -206,7 +211,10 @@ class SlideTiles(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         x, y = self.corners[index]
-        image = self._slide().read(x, y, self._read_side, self._read_side, self.level)
+        try:
+            image = self._slide().read(x, y, self._read_side, self._read_side, self.level)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
         if self._read_side != self.side:
             whole = Image.fromarray(image.permute(1, 2, 0).numpy())
             image = pil_to_tensor(whole.resize((self.side, self.side), Image.Resampling.BICUBIC, reducing_gap=None))

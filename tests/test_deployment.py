@@ -21,7 +21,7 @@ def alone():
 
 
 @needs_exporters
-@pytest.mark.parametrize("make", [alone, before_a_model])
+@pytest.mark.parametrize("make", [pytest.param(alone, marks=pytest.mark.slow), before_a_model])
 @pytest.mark.filterwarnings("ignore")
 def test_exported_files_do_the_same_at_any_size(make, tmp_path):
     model = make().eval()

@@ -350,7 +350,7 @@ def test_the_same_folder_by_another_path_is_finished(run, tmp_path, monkeypatch,
 def test_an_empty_name_is_no_folder(trained, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["normalize", str(save(tmp_path / "a.png")), "--out", "", "--weights", str(trained)])
-    assert "expected a folder, got an empty name" in capsys.readouterr().err
+    assert "expected a file or folder, got an empty name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["symlink", "hard link", "pipe", "nowhere"])

@@ -92,6 +92,25 @@ def test_nothing_is_lost_or_done_twice_when_a_worker_is_killed(start_on_ray, tmp
 
 
 @pytest.mark.slow
+def test_given_offsets_and_a_manifest_of_others(start_on_ray, tmp_path):
+    make_slide(tmp_path / "in/a.svs", tissue(300, 300))
+    save(tmp_path / "in/b.png")
+    table = tmp_path / "table.csv"
+    table.write_text("input,offset_a,offset_b\na.svs,1,2\n")
+    process = start_on_ray("--offset", str(table))
+    _, error = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert f"b.png: it is not in {table}" in error
+    assert [(row["offset_a"], row["offset_b"]) for row in rows(tmp_path / "out")] == [("1.000", "2.000")]
+    (tmp_path / "out/manifest.csv").write_text("mine")
+    process = start_on_ray()
+    _, error = process.communicate(timeout=200)
+    assert process.returncode == 2
+    assert "manifest.csv is not a manifest of this command, and is not replaced" in error
+    assert (tmp_path / "out/manifest.csv").read_text() == "mine"
+
+
+@pytest.mark.slow
 def test_more_threads_than_any_machine_has_are_refused(start_on_ray, tmp_path):
     save(tmp_path / "in/tile.png")
     process = start_on_ray("--threads", "3")

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from test_faults import rows
-from test_slides import damage
+from test_slides import damage, swapped_profile
 
 from stainnorm_transform import NormalizeStain
 from stainnorm_transform.cli import main
@@ -153,7 +153,7 @@ def test_readers_of_ome_tiff_find_metadata_and_images(tmp_path, normalize):
     out = write(path, tmp_path / "out.ome.tif", normalize, SlideFormat(None, ome=True, keep_label=True))
     with tifffile.TiffFile(out) as tiff:
         assert tiff.is_ome
-        assert [series.name for series in tiff.series] == ["a", "thumbnail", "label", "macro"]
+        assert [series.name for series in tiff.series] == ["slide", "thumbnail", "label", "macro"]
         image = tifffile.xml2dict(tiff.ome_metadata)["OME"]["Image"][0]
         assert image["Pixels"]["PhysicalSizeX"] == image["Pixels"]["PhysicalSizeY"] == 0.2528
         assert image["Pixels"]["PhysicalSizeXUnit"] == "µm"
@@ -183,7 +183,7 @@ def test_the_label_is_kept_if_asked_only(tmp_path, normalize, ome):
 
 def test_what_the_lab_wrote_is_left_out(tmp_path, normalize):
     """Names, dates and numbers may tell who the patient is."""
-    path = make_slide(tmp_path / "a.svs", tissue(600, 600))
+    path = make_slide(tmp_path / "secret.svs", tissue(600, 600))
     with tifffile.TiffFile(path) as tiff:
         text = tiff.pages[0].description
     tifffile.tiffcomment(path, text + "|Filename = secret|User = secret|Date = 01/02/03")
@@ -263,24 +263,28 @@ def test_ome_tiff_has_a_name_of_its_own(run, tmp_path):
     assert {path.name for path in (tmp_path / "again").iterdir()} == {"a.ome.tif", "a.tif", "offsets.csv"}
 
 
-def test_given_offsets(run, tmp_path, capsys):
+def test_given_offsets(run, tmp_path, capsys, monkeypatch):
     for name in ("a", "b"):
         make_slide(tmp_path / f"in/{name}.svs", tissue(300, 300))
     save(tmp_path / "in/c.png")
     assert run(tmp_path / "in", options=["--offset=-3.5,20"]) == 0
     assert {(row["offset_a"], row["offset_b"]) for row in rows(tmp_path / "out")} == {("-3.500", "20.000")}
     table = tmp_path / "table.csv"
-    table.write_text(f"input,offset_a,offset_b\na.svs,1,2\n{tmp_path}/in/b.svs,3,4\nx/b.svs,9,9\nc.png,5,6\n")
+    table.write_text(
+        f"input,offset_a,offset_b\na.svs,1,2\n{tmp_path}/in/b.svs,3,4\nx/b.svs,9,9\nb.svs,8,8\nc.png,5,6\n"
+    )
     assert run(tmp_path / "in", out="csv", options=["--offset", str(table)]) == 0
     found = {row["output"]: (row["offset_a"], row["offset_b"]) for row in rows(tmp_path / "csv")}
     assert found == {"a.tif": ("1.000", "2.000"), "b.tif": ("3.000", "4.000"), "c.png": ("5.000", "6.000")}
     # The record of a run is such a file.
     assert run(tmp_path / "in", out="same", options=["--offset", str(tmp_path / "csv/offsets.csv")]) == 0
     assert {row["output"]: (row["offset_a"], row["offset_b"]) for row in rows(tmp_path / "same")} == found
-    table.write_text("input,offset_a,offset_b\na.svs,1,2\nx/b.svs,9,9\ny/b.svs,8,8\nc.png,5,6\n")
+    # A file of the same name in another folder is another file; spreadsheets begin with a mark.
+    table.write_text("\ufeffinput,offset_a,offset_b\nin/a.svs,1,2\nx/b.svs,9,9\nc.png,5,6\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
     assert run(tmp_path / "in", out="part", options=["--offset", str(table)]) == 1
-    assert f"b.svs: expected one offset for files of its name in {table}, got 2" in capsys.readouterr().err
-    assert {row["output"] for row in rows(tmp_path / "part")} == {"a.tif", "c.png"}
+    assert f"b.svs: it is not in {table}" in capsys.readouterr().err
+    assert {row["output"]: row["offset_a"] for row in rows(tmp_path / "part")} == {"a.tif": "1.000", "c.png": "5.000"}
 
 
 @pytest.mark.parametrize(
@@ -288,7 +292,8 @@ def test_given_offsets(run, tmp_path, capsys):
     [
         ("1", "expected two finite numbers, as in --offset=3.5,-2, or a CSV file that is there, got '1'"),
         ("1,nan", "expected two finite numbers"),
-        ("table.csv", "line 2: expected two finite numbers"),
+        ("table.csv", "line 2: expected two finite numbers, got 1, inf"),
+        ("long.csv", "field larger than field limit"),
         ("other.csv", "expected columns input, offset_a and offset_b, got no input"),
     ],
 )
@@ -296,6 +301,7 @@ def test_offsets_that_are_none_are_refused(run, tmp_path, monkeypatch, capsys, t
     monkeypatch.chdir(tmp_path)
     (tmp_path / "table.csv").write_text("input,offset_a,offset_b\na.svs,1,inf\n")
     (tmp_path / "other.csv").write_text("x,offset_a,offset_b\n")
+    (tmp_path / "long.csv").write_text("x" * 200_000 + "\n")
     save(tmp_path / "in/c.png")
     assert run(tmp_path / "in", options=[f"--offset={text}"]) == 2
     assert message in capsys.readouterr().err
@@ -312,6 +318,35 @@ def test_blank_slides_keep_their_colors_and_that_is_said(run, tmp_path, capsys):
     assert (rows(tmp_path / "out")[0]["offset_a"], rows(tmp_path / "out")[0]["offset_b"]) == ("0.000", "0.000")
     with openslide.OpenSlide(tmp_path / "out/a.tif") as slide:
         assert "openslide.mpp-x" not in slide.properties
+
+
+def test_pixels_that_are_not_square_are_told(run, tmp_path, capsys):
+    with tifffile.TiffWriter(tmp_path / "a.ome.tif", ome=True) as file:
+        metadata = {"axes": "YXS", "PhysicalSizeX": 250, "PhysicalSizeXUnit": "nm", "PhysicalSizeY": 0.5}
+        file.write(tissue(900, 800), tile=(256, 256), photometric="rgb", subifds=1, metadata=metadata)
+        file.write(tissue(450, 400), tile=(256, 256), photometric="rgb", subfiletype=1, metadata=None)
+    assert run(tmp_path / "a.ome.tif") == 0
+    assert "pixels are not square" in capsys.readouterr().out
+    with openslide.OpenSlide(tmp_path / "out/a.tif") as slide:
+        assert float(slide.properties["openslide.mpp-x"]) == pytest.approx(0.25 * 2**0.5, rel=1e-5)
+        assert float(slide.properties["tiff.XResolution"]) == pytest.approx(40_000)
+        assert float(slide.properties["tiff.YResolution"]) == pytest.approx(20_000)
+
+
+def test_without_white_preserved_glass_is_shifted_too(tmp_path, normalize):
+    plain = NormalizeStain(normalize.network, preserve_white=False, offset=normalize.offset)
+    pixels = tissue(300, 300)
+    out = write(make_slide(tmp_path / "a.svs", pixels), tmp_path / "out.tif", plain)
+    expected = shift_ab(torch.from_numpy(pixels).permute(2, 0, 1), -normalize.offset[1:], preserve_white=False)
+    assert np.abs(levels_of(out)[0] - expected.permute(1, 2, 0).numpy().astype(int)).max() <= 1
+
+
+def test_colors_become_srgb_if_asked(run, tmp_path):
+    path = make_slide(tmp_path / "a.svs", tissue(300, 300), iccprofile=swapped_profile())
+    assert run(path, options=["--lossless", "--offset=0,0"]) == 0
+    assert np.array_equal(levels_of(tmp_path / "out/a.tif")[0], tissue(300, 300))
+    assert run(path, options=["--lossless", "--offset=0,0", "--srgb"]) == 0
+    assert np.abs(levels_of(tmp_path / "out/a.tif")[0] - tissue(300, 300)[..., ::-1].astype(int)).max() <= 2
 
 
 def test_bad_slides_are_named_and_the_others_done(run, tmp_path, capsys):

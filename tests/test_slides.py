@@ -1,8 +1,10 @@
 import io
+import os
 import pickle
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import openslide
@@ -19,7 +21,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from stainnorm_transform import NormalizeStain
+from stainnorm_transform import NormalizeStain, slide_reader, slides
 from stainnorm_transform.estimate import mean_offset, robust_mean_offset
 from stainnorm_transform.slide_reader import Slide, is_slide, without_parts
 from stainnorm_transform.slides import SlideTiles, slide_normalizer
@@ -186,20 +188,139 @@ def test_a_truncated_slide_is_found(tmp_path, pixels, kept, caplog):
     assert not caplog.records
 
 
+def swapped_profile():
+    """sRGB with red and blue exchanged."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    a, b = (profile.index(name) + 4 for name in (b"rXYZ", b"bXYZ"))
+    profile[a : a + 8], profile[b : b + 8] = profile[b : b + 8], profile[a : a + 8]
+    return bytes(profile)
+
+
 def test_colors_are_converted_by_the_profile_if_asked(tmp_path, pixels):
-    # A profile with red and blue exchanged.
-    swapped = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
-    at = {name: swapped.index(name) for name in (b"rXYZ", b"bXYZ")}
-    for a, b in [(at[b"rXYZ"] + 4, at[b"bXYZ"] + 4)]:
-        swapped[a : a + 8], swapped[b : b + 8] = swapped[b : b + 8], swapped[a : a + 8]
-    path = make_slide(tmp_path / "a.svs", pixels, iccprofile=bytes(swapped))
+    path = make_slide(tmp_path / "a.svs", pixels, iccprofile=swapped_profile())
     with Slide(path) as slide:
-        assert slide.icc_profile == bytes(swapped)
+        assert slide.icc_profile == swapped_profile()
         assert np.array_equal(slide.read(0, 0, 400, 400).permute(1, 2, 0).numpy(), pixels[:400, :400])
     with Slide(path, to_srgb=True) as slide:
         found = slide.read(0, 0, 400, 400).permute(1, 2, 0).numpy()
         assert "sRGB" in ImageCms.getProfileName(ImageCms.ImageCmsProfile(io.BytesIO(slide.icc_profile)))
     assert np.abs(found.astype(int) - pixels[:400, :400, ::-1]).max() <= 2
+
+
+def write_ome(path, *images, metadata=None, **options):
+    """An OME-TIFF of several series."""
+    with tifffile.TiffWriter(path, ome=True) as file:
+        for image in images:
+            options = {"tile": (128, 128), "photometric": "rgb", **options}
+            file.write(image, metadata={"axes": "YXS", **(metadata or {})}, **options)
+    return path
+
+
+def test_outside_of_an_ome_tiff_is_white_too(tmp_path, pixels):
+    with Slide(write_ome(tmp_path / "a.ome.tif", pixels)) as slide:
+        region = slide.read(1400, 1000, 300, 300).permute(1, 2, 0).numpy()
+        before = slide.read(-50, -20, 100, 100).permute(1, 2, 0).numpy()
+        assert (slide.read(1600, 5000, 10, 10) == 255).all()
+    assert np.array_equal(region[:100, :100], pixels[1000:, 1400:])
+    assert (region[100:] == 255).all()
+    assert (region[:, 100:] == 255).all()
+    assert np.array_equal(before[20:, 50:], pixels[:80, :50])
+    assert (before[:20] == 255).all()
+
+
+@pytest.mark.parametrize(("unit", "factor"), [("nm", 1e-3), ("µm", 1), ("mm", 1e3), (None, 1)])
+def test_units_of_ome_tiff(tmp_path, unit, factor):
+    metadata = {}
+    for axis, value in (("X", 0.25), ("Y", 0.3)):
+        metadata[f"PhysicalSize{axis}"] = value / factor
+        if unit:
+            metadata[f"PhysicalSize{axis}Unit"] = unit
+    with Slide(write_ome(tmp_path / "a.ome.tif", tissue(300, 300), metadata=metadata)) as slide:
+        assert slide.mpp == pytest.approx((0.25, 0.3))
+
+
+def test_the_objective_is_that_of_the_image(tmp_path):
+    path = write_ome(tmp_path / "a.ome.tif", tissue(300, 300))
+    text = tifffile.tiffcomment(path)
+    two = "".join(f'<Objective ID="O:{i}" NominalMagnification="{m}"/>' for i, m in enumerate((4, 40)))
+    for used, expected in (('<ObjectiveSettings ID="O:1"/>', 40), ('<ObjectiveSettings ID="O:0"/>', 4), ("", None)):
+        changed = text.replace("<Image ", f'<Instrument ID="I:0">{two}</Instrument><Image ', 1)
+        tifffile.tiffcomment(path, changed.replace("<Pixels ", f"{used}<Pixels ", 1).encode())
+        with Slide(path) as slide:
+            assert slide.objective == expected
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda path: write_ome(path, tissue(200, 200), tissue(600, 600)),
+            "one scan, and first, got 2 images",
+        ),
+        (
+            lambda path: write_ome(path, tissue(600, 600), tissue(500, 500)),
+            "one scan, and first, got 2 images",
+        ),
+        (
+            lambda path: tifffile.imwrite(
+                path, np.zeros((300, 300, 4), np.uint8), tile=(64, 64), photometric="separated"
+            ),
+            "expected RGB, got color model SEPARATED",
+        ),
+        (
+            lambda path: tifffile.imwrite(
+                path, np.stack([tissue(300, 300)] * 3), tile=(128, 128), photometric="rgb", ome=False
+            ),
+            "3 pages, of which only one would be kept",
+        ),
+        (lambda path: write_ome(path, np.stack([tissue(300, 300)] * 3), metadata={"axes": "ZYXS"}), "got axes ZYXS"),
+    ],
+)
+def test_what_would_be_lost_is_refused(tmp_path, make, message):
+    make(tmp_path / "a.ome.tif")
+    with pytest.raises(ValueError, match=message):
+        Slide(tmp_path / "a.ome.tif")
+
+
+def test_absurd_resolutions_are_none(tmp_path):
+    for mpp in (1e-7, 1e300, -1):
+        with Slide(make_slide(tmp_path / "a.svs", tissue(300, 300), mpp=mpp)) as slide:
+            assert slide.mpp is None
+
+
+def test_the_background_is_that_of_the_slide():
+    assert slide_reader._rgba("F0E1D2") == (240, 225, 210, 255)
+    assert slide_reader._rgba(None) == slide_reader._rgba("no color") == (255, 255, 255, 255)
+
+
+def test_nothing_stays_open(slide_path, tmp_path):
+    def handles():
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    before = handles()
+    bad = make_slide(tmp_path / "a.svs", tissue(300, 300), iccprofile=b"no profile" * 20)
+    for _ in range(3):
+        with pytest.raises(ValueError, match="its ICC profile cannot be used"):
+            Slide(bad, to_srgb=True)
+        with pytest.raises(ValueError, match="expected a level"):
+            SlideTiles(slide_path, None, level=9)
+        SlideTiles(slide_path, None)
+        with Slide(slide_path) as slide:
+            slide.read(0, 0, 9, 9)
+        assert handles() <= before
+    with pytest.raises(ValueError, match="damaged"):
+        slide.read(0, 0, 9, 9)
+
+
+def test_a_slide_made_smaller_piece_by_piece(tmp_path):
+    pixels = on_glass(tissue(400, 900), 700, 5000)
+    with Slide(make_slide(tmp_path / "a.svs", pixels, levels=(2,))) as slide:
+        for threads in (1, 3):
+            small, scale = slide.reduced(4.0, threads)
+            assert scale == 4
+            assert small.shape == (175, 1250, 4)
+            expected = Image.fromarray(pixels).reduce(4)
+            assert np.abs(small[..., :3].astype(int) - np.asarray(expected)).max() <= 3
 
 
 def test_a_slide_without_the_packages_says_what_to_install(slide_path, monkeypatch):
@@ -238,12 +359,35 @@ def test_tiffs_are_slides_if_tiled_and_of_several_pages_or_large(tmp_path, slide
     assert not is_slide(tmp_path / "a.png")
 
 
+def test_pipes_are_no_slides(tmp_path):
+    for name in ("a.tif", "b.vms"):
+        os.mkfifo(tmp_path / name)
+    assert not is_slide(tmp_path / "a.tif")
+    assert len(without_parts(sorted(tmp_path.iterdir()))) == 2
+
+
+def test_files_of_one_dicom_slide_are_one(tmp_path, monkeypatch):
+    class Fake:
+        def __init__(self, path):
+            if path.stem == "none":
+                raise ValueError("no slide")
+            self.series = path.stem[0]
+
+        __enter__ = lambda self: self  # noqa: E731
+        __exit__ = lambda self, *_: None  # noqa: E731
+
+    monkeypatch.setattr(slide_reader, "Slide", Fake)
+    paths = [tmp_path / name for name in ("x/a1.dcm", "x/a2.dcm", "x/b1.dcm", "x/none.dcm", "y/a1.dcm")]
+    assert without_parts(paths) == [paths[0], *paths[2:]]
+
+
 def test_parts_of_a_slide_are_no_images_of_their_own(tmp_path):
+    (tmp_path / "odd.vms").write_text("ImageFile=..\nMapFile=.\nx=\ny=a/b\n=\n")
     for name in ("a(1,0).jpg", "a_map.jpg", "b.jpg"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     (tmp_path / "a.vms").write_text("[Virtual Microscope Specimen]\nImageFile(1,0)=a(1,0).jpg\nMapFile=a_map.jpg\n")
     found = without_parts(sorted(tmp_path.iterdir()))
-    assert [path.name for path in found] == ["a.vms", "b.jpg"]
+    assert [path.name for path in found] == ["a.vms", "b.jpg", "odd.vms"]
 
 
 # --- The offset
@@ -275,6 +419,44 @@ def test_without_small_levels_tiles_are_looked_through(tmp_path, normalize):
         assert tiles == 16
         offsets.append(fixed.offset)
     assert torch.allclose(*offsets, atol=1e-4)
+
+
+def test_no_more_tiles_are_read_than_needed(tmp_path, normalize, monkeypatch):
+    monkeypatch.setattr(slides, "SAMPLED_TILES", 5)
+    with Slide(make_slide(tmp_path / "a.svs", tissue(1024, 1024))) as slide:
+        assert slide_normalizer(slide, normalize)[1] == 5
+
+
+def test_places_begin_with_much_tissue_and_are_spread_evenly(tmp_path):
+    pixels = on_glass(tissue(2048, 4096), 4096, 6144)
+    pixels[-256:, -256:-100] = tissue(256, 156)  # over half of a tile, and
+    pixels[:256, :100] = tissue(256, 100)  # less than half
+    with Slide(make_slide(tmp_path / "a.svs", pixels, levels=(16,))) as slide:
+        places = list(slides.places(slide, 256, 1))
+    assert len(places) == len(set(places)) == 8 * 16 + 2
+    assert places[-1] == (0, 0)
+    for count in (16, 32, 64, 128):
+        x, y = np.array(places[:count]).mean(axis=0)
+        assert abs(x - 2944) < 600
+        assert abs(y - 1920) < 300
+        assert len({row for _, row in places[:count]}) >= min(8, count / 2)
+
+
+@pytest.mark.parametrize(
+    ("mpp", "objective", "side"),
+    [
+        (0.25, 40, 512),
+        (0.5, 20, 256),
+        (0.5, 40, 256),
+        (None, 20, 256),
+        (None, None, 512),
+        (0.1, 40, 1024),
+        (8.0, 5, 128),
+    ],
+)
+def test_tiles_of_the_estimate_are_as_large_on_the_glass(tmp_path, mpp, objective, side):
+    with Slide(make_slide(tmp_path / "a.svs", tissue(300, 300), mpp=mpp, objective=objective)) as slide:
+        assert slides.sampled_side(slide) == side
 
 
 def test_blank_slides_have_no_offset(tmp_path, normalize):
@@ -327,14 +509,12 @@ def test_the_mean_without_far_tiles(offsets, shift, random):
     assert result[0] == 0
     low, high = sums[:, :2].min(dim=0).values, sums[:, :2].max(dim=0).values
     assert ((result[1:] >= low - 1e-3) & (result[1:] <= high + 1e-3)).all()
-    moved = sums + torch.tensor([shift, shift, 0])
     close = torch.tensor([[0.3 * a / 30, 0.3 * b / 30, 1.0] for a, b in offsets])
     # Tiles that agree all count; a few that are far do not, wherever they are.
     assert torch.allclose(robust_mean_offset(close), mean_offset(close.sum(dim=0)), atol=1e-4)
     few = (len(offsets) - 1) // 2
     far = torch.cat([close, close[:few] + torch.tensor([40.0 + abs(shift), -40.0, 0.0])])
     assert torch.allclose(robust_mean_offset(far), robust_mean_offset(close), atol=1e-4)
-    assert moved.shape == sums.shape
     shuffled = list(range(len(sums)))
     random.shuffle(shuffled)
     assert torch.allclose(robust_mean_offset(sums[shuffled]), result, atol=1e-3)
@@ -423,6 +603,23 @@ def test_tiles_are_whole_and_all_of_them_if_asked(slide_path):
     tiles = SlideTiles(slide_path, None, side=400, min_tissue=0)
     assert tiles.corners == [(x, y) for y in (0, 400) for x in (0, 400, 800)]
     assert len(SlideTiles(slide_path, None, side=1200, min_tissue=0)) == 0
+
+
+def test_tiles_have_as_much_tissue_as_asked(tmp_path):
+    pixels = np.full((256, 1024, 3), 245, np.uint8)
+    for index, share in enumerate((0.1, 0.4, 0.6, 1)):
+        pixels[:, index * 256 : index * 256 + int(256 * share)] = tissue(256, int(256 * share))
+    path = make_slide(tmp_path / "a.svs", pixels)
+    found = {share: len(SlideTiles(path, None, side=256, min_tissue=share)) for share in (0.25, 0.5, 0.8)}
+    assert found == {0.25: 3, 0.5: 2, 0.8: 1}
+
+
+def test_damage_names_the_slide(tmp_path):
+    path = make_slide(tmp_path / "a.svs", tissue(1100, 1500))
+    damage(path)
+    tiles = SlideTiles(path, None, side=240)
+    with pytest.raises(ValueError, match=f"{path}: damaged at x = 720, y = 0"):
+        tiles[tiles.corners.index((720, 0))]
 
 
 def test_a_blank_slide_has_no_tiles(tmp_path, normalize):
