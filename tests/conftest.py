@@ -1,8 +1,11 @@
+import contextlib
+import fcntl
 import functools
 import os
 import struct
 import subprocess
 import sys
+import termios
 import zlib
 from pathlib import Path
 
@@ -133,6 +136,21 @@ def tissue(height, width, lab="lab_a"):
         for row in range(-(-height // 256))
     ]
     return np.ascontiguousarray(np.concatenate(rows)[:height, :width])
+
+
+def in_a_terminal(command, columns):
+    """What a command that succeeds prints to a terminal on its stderr, line by line."""
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs, env=environment)
+    os.close(theirs)
+    printed = b""
+    with contextlib.suppress(OSError):
+        while chunk := os.read(ours, 1000):
+            printed += chunk
+    assert process.wait() == 0
+    return printed.decode().replace("\n", "\r").split("\r")
 
 
 def png(width, height, *chunks, bits=8):

@@ -1,22 +1,18 @@
-import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import re
 import resource
 import signal
-import struct
 import subprocess
 import sys
-import termios
 import time
 from pathlib import Path
 
 import pytest
 import safetensors
 import torch
-from conftest import ROOT
+from conftest import ROOT, in_a_terminal
 from PIL import Image
 from render_tiles import render_tile
 from torchvision.transforms.v2.functional import to_pil_image
@@ -178,17 +174,8 @@ def test_resumed_with_other_images(tiles, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("columns", [60])
 def test_progress_in_a_terminal(tiles, tmp_path, columns):
     """The bar shows loss, error and time left, and fits."""
-    ours, theirs = os.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     command = [STAINNORM, "train", tiles, "--out", tmp_path / "lab.safetensors", *FAST, "--iterations", "40"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs, env=ONE_THREAD)
-    os.close(theirs)
-    printed = b""
-    with contextlib.suppress(OSError):
-        while chunk := os.read(ours, 1000):
-            printed += chunk
-    assert process.wait() == 0
-    lines = printed.decode().replace("\n", "\r").split("\r")
+    lines = in_a_terminal(command, columns)
     assert max(map(len, lines)) <= columns
     bars = [line for line in lines if re.search(r"\d+:\d\d left, loss \d+\.\d, error a\* \d+\.\d b\* \d+\.\d", line)]
     assert bars[-1].startswith("40/40 |")

@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import sys
 import time
@@ -10,7 +11,7 @@ import pytest
 import tifffile
 import tiffslide
 import torch
-from conftest import make_slide, save, tissue
+from conftest import COMMAND, in_a_terminal, make_slide, save, tissue
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -468,6 +469,17 @@ def test_options_that_cannot_be_are_refused(trained, tmp_path, capsys, options, 
     assert status == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_progress_shows_pixels_a_second_and_the_time_left(trained, tmp_path):
+    path = make_slide(tmp_path / "in/a.svs", tissue(5000, 5000), compression="jpeg")
+    command = [*COMMAND, path, "--weights", trained, "--out", tmp_path / "out", "--threads", "1"]
+    lines = in_a_terminal(command, 100)
+    bars = [
+        line for line in lines if re.search(r"a\.svs: +\d+%.*[\d.]+M/25\.0M \[\d+:\d\d<\d+:\d\d, +[\d.]+Mpx/s\]", line)
+    ]
+    assert bars
+    assert max(map(len, lines)) <= 101
 
 
 def test_an_overview_shows_slides(run, tmp_path):
