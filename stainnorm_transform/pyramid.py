@@ -117,8 +117,8 @@ class _Level:
         self.rows, self.columns = (-(-length // TILE) for length in reversed(below))
         self.file: BinaryIO = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         self.lengths: list[int] = []
-        # Without the fourth channel: with a row of these memory grows with the width of the slide.
-        self.parts: dict[int, Pixels] = {}
+        # Of a row of tiles, and with it of the width of the slide: without the fourth channel.
+        self.parts: dict[int, list[tuple[int, int, Pixels]]] = {}
 
     def add(self, tile: bytes) -> None:
         self.file.write(tile)
@@ -126,16 +126,15 @@ class _Level:
 
     def place(self, row: int, column: int, part: Pixels) -> Pixels | None:
         """Puts a tile of the level below, at half its size, in its place; returns the tile that this completes."""
-        if column // 2 not in self.parts:
-            self.parts[column // 2] = np.full((TILE, TILE, 3), 255, np.uint8)
-        whole = self.parts[column // 2]
-        top, left = row % 2 * TILE // 2, column % 2 * TILE // 2
-        whole[top : top + TILE // 2, left : left + TILE // 2] = part[..., :3]
+        parts = self.parts.setdefault(column // 2, [])
+        parts.append((row % 2 * TILE // 2, column % 2 * TILE // 2, part[..., :3].copy()))
         last = (row % 2 or row == self.rows - 1) and (column % 2 or column == self.columns - 1)
         if not last:
             return None
-        del self.parts[column // 2]
-        return np.concatenate([whole, np.zeros_like(whole[..., :1])], axis=-1)
+        whole = np.full((TILE, TILE, 4), 255, np.uint8)
+        for top, left, pixels in self.parts.pop(column // 2):
+            whole[top : top + TILE // 2, left : left + TILE // 2, :3] = pixels
+        return whole
 
     def tiles(self) -> Iterator[bytes]:
         self.file.seek(0)

@@ -37,6 +37,8 @@ OME = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
 _READ_SIDE = 1024
 _MICROMETERS = {"nm": 1e-3, "µm": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6}
 _STRIP_PIXELS = 1 << 16
+# Bytes of decoded tiles that OpenSlide keeps: enough for those that neighboring blocks share.
+_CACHE = 8 << 20
 # What is outside is no resolution of a slide.
 _MPP = (0.01, 1000.0)
 
@@ -295,6 +297,7 @@ def _open(path: Path) -> tuple[Any, _Tiff]:
         if tiff.ome is not None:
             return tiffslide.TiffSlide(path), tiff
         slide = openslide.OpenSlide(path)
+        slide.set_cache(openslide.OpenSlideCache(_CACHE))
         if slide.properties["openslide.vendor"] == "generic-tiff" and (tiff.tiled_pages or 0) > slide.level_count:
             slide.close()
             raise ValueError(f"{tiff.tiled_pages} pages, of which only one would be kept: split it first")

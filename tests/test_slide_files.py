@@ -474,12 +474,10 @@ def test_options_that_cannot_be_are_refused(trained, tmp_path, capsys, options, 
 def test_progress_shows_pixels_a_second_and_the_time_left(trained, tmp_path):
     path = make_slide(tmp_path / "in/a.svs", tissue(5000, 5000), compression="jpeg")
     command = [*COMMAND, path, "--weights", trained, "--out", tmp_path / "out", "--threads", "1"]
-    lines = in_a_terminal(command, 100)
-    bars = [
-        line for line in lines if re.search(r"a\.svs: +\d+%.*[\d.]+M/25\.0M \[\d+:\d\d<\d+:\d\d, +[\d.]+Mpx/s\]", line)
-    ]
-    assert bars
-    assert max(map(len, lines)) <= 101
+    lines = [line.replace("\x1b[A", "") for line in in_a_terminal(command, 100)]  # one line up
+    bar = re.compile(r"a\.svs: +\d+%.*[\d.]+M/25\.0M \[\d+:\d\d<\d+:\d\d, +[\d.]+Mpx/s\]")
+    assert any(bar.search(line) for line in lines)
+    assert max(map(len, lines)) <= 100
 
 
 def test_an_overview_shows_slides(run, tmp_path):
