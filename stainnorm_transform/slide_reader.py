@@ -154,15 +154,23 @@ class Slide:
         region = Image.new("RGBA", (width, height))
         inside = max(0, left), max(0, top)
         if inside[0] < right and inside[1] < bottom:
-            start = round(inside[0] * scale), round(inside[1] * scale)
+            # tiffslide rounds down when it goes back to the level.
+            start = math.ceil(inside[0] * scale), math.ceil(inside[1] * scale)
             size = right - inside[0], bottom - inside[1]
             part = self._reader.read_region(start, level, size).convert("RGBA")
             region.paste(part, (inside[0] - left, inside[1] - top))
         return region
 
     def associated_images(self) -> dict[str, Image.Image]:
-        """The images of mode RGB beside the scan, by name: of the label, of the whole glass (macro), a thumbnail."""
-        return {name: image.convert("RGB") for name, image in self._reader.associated_images.items()}
+        """The images of mode RGB beside the scan, by name: of the label, of the whole glass (macro), a thumbnail.
+
+        Raises:
+            ValueError: one is damaged.
+        """
+        try:
+            return {name: image.convert("RGB") for name, image in self._reader.associated_images.items()}
+        except Exception as error:
+            raise ValueError(f"damaged label, macro or thumbnail image: {_what(error)}") from error
 
     def thumbnail(self, side: int) -> Image.Image:
         """The whole slide with ``side`` pixels on its longer side at most, by its smallest level that has as many."""

@@ -228,6 +228,36 @@ def test_outside_of_an_ome_tiff_is_white_too(tmp_path, pixels):
     assert (before[:20] == 255).all()
 
 
+@pytest.mark.parametrize(("height", "width"), [(1025, 769), (1537, 2049), (513, 700)])
+def test_levels_of_odd_sizes_are_read_to_the_pixel(tmp_path, height, width):
+    pixels = tissue(height, width)
+    levels = [pixels, np.asarray(Image.fromarray(pixels).reduce(2)), np.asarray(Image.fromarray(pixels).reduce(4))]
+    path, options = tmp_path / "a.ome.tif", {"tile": (128, 128), "photometric": "rgb"}
+    with tifffile.TiffWriter(path, ome=True) as file:
+        for number, level in enumerate(levels):
+            file.write(
+                level, subifds=0 if number else 2, subfiletype=min(number, 1), metadata={"axes": "YXS"}, **options
+            )
+    with Slide(path) as slide:
+        for number, (level, scale) in enumerate(zip(levels, slide.level_downsamples, strict=True)):
+            for left in range(0, level.shape[1] - 20, 53):
+                for top in range(0, level.shape[0] - 20, 53):
+                    found = slide.read(round(left * scale), round(top * scale), 20, 20, number).permute(1, 2, 0)
+                    assert np.array_equal(found.numpy(), level[top : top + 20, left : left + 20])
+
+
+def test_a_damaged_label_is_told(tmp_path, pixels):
+    path = make_slide(tmp_path / "a.svs", pixels)
+    with tifffile.TiffFile(path) as tiff:
+        macro = tiff.pages[-1]
+        where = macro.tags["StripOffsets"].valueoffset if "StripOffsets" in macro.tags else None
+    with path.open("r+b") as file:
+        file.seek(where)
+        file.write((1 << 50).to_bytes(8, "little"))
+    with Slide(path) as slide, pytest.raises(ValueError, match="damaged label, macro or thumbnail image"):
+        slide.associated_images()
+
+
 @pytest.mark.parametrize(("unit", "factor"), [("nm", 1e-3), ("µm", 1), ("mm", 1e3), (None, 1)])
 def test_units_of_ome_tiff(tmp_path, unit, factor):
     metadata = {}
