@@ -143,8 +143,11 @@ def run(options: argparse.Namespace) -> int:
     outputs = images.plan(named, settings.out, reserved)
     if any(is_slide(path) for path in outputs):
         slide_reader.packages()
-    for path, output in outputs.items():
-        if os.path.lexists(output) and not normalizer.record.has(output):
+    there = {path: output for path, output in outputs.items() if os.path.lexists(output)}
+    # In this order, as another run may make some meanwhile: their lines come first.
+    normalizer.record.reread()
+    for path, output in there.items():
+        if not normalizer.record.has(output):
             raise ValueError(
                 f"{path} would be written to {output}, which is there and was not made by this command: choose another "
                 "output folder, or remove it"

@@ -178,6 +178,22 @@ def test_two_runs_into_one_folder(start, run, tmp_path, random_normalize, capsys
     assert "30 of them by an earlier run" in capsys.readouterr().out
 
 
+def test_what_another_run_makes_during_the_planning_is_no_file_of_others(run, tmp_path, monkeypatch, capsys):
+    tiles = make_tiles(tmp_path / "in", 3)
+    plan = images.plan
+
+    def plan_while_another_run_works(*arguments):
+        with monkeypatch.context() as other:
+            other.setattr(images, "plan", plan)
+            assert run(tmp_path / "in") == 0
+        return plan(*arguments)
+
+    monkeypatch.setattr(images, "plan", plan_while_another_run_works)
+    assert run(tmp_path / "in") == 0
+    assert "3 of them by an earlier run" in capsys.readouterr().out.splitlines()[-1]
+    assert len(rows(tmp_path / "out")) == len(tiles)
+
+
 def test_only_what_changed_is_done_again(run, tmp_path, trained, random_normalize, capsys, monkeypatch):
     tiles, out = make_tiles(tmp_path / "in", 5), tmp_path / "out"
 
