@@ -92,7 +92,7 @@ def test_levels_are_halves_down_to_a_tile(width, height):
         assert (half_w, half_h) == (-(-w // 2), -(-h // 2))
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(st.integers(1, 1600), st.integers(1, 1600), st.integers(1, 5))
 def test_any_size_and_number_of_threads(tmp_path_factory, width, height, threads):
     folder = tmp_path_factory.mktemp("any")
@@ -400,7 +400,7 @@ def test_a_full_disk_leaves_no_part_of_a_slide(run, tmp_path, small_disk, capsys
     assert levels_of(disk / "out/a.tif")[0].shape == (1100, 1500, 3)
 
 
-@pytest.mark.parametrize("threads", ["1", "3"])
+@pytest.mark.parametrize("threads", ["3"])
 def test_a_full_disk_while_many_blocks_wait(start, tmp_path, small_disk, threads):
     """Threads must not read from a slide that has been closed: OpenSlide would end the process."""
     disk, _ = small_disk
