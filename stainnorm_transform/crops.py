@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,6 +17,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from stainnorm_transform.color import check_image, rgb_to_lab
 from stainnorm_transform.estimate import tissue_weight, unit_range
+from stainnorm_transform.threads import one_torch_thread
 
 if TYPE_CHECKING:
     from stainnorm_transform.training import TrainConfig
@@ -213,19 +213,9 @@ def tissue_crop(image: Tensor, config: TrainConfig, index: int, attempt: int = 0
     height, width = image.shape[-2:]
     if min(height, width) < side:
         raise ValueError(f"expected images of at least {side} x {side} pixels, got {height} x {width}")
-    with _one_thread():
+    # As loader processes compute: kernels that share work among threads round differently.
+    with one_torch_thread():
         return _draw_crop(image, config, _generator(config.seed, PLACE, index, attempt))
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """As loader processes compute: kernels that share work among threads round differently."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _draw_crop(image: Tensor, config: TrainConfig, generator: torch.Generator) -> Crop | None:

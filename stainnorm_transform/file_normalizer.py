@@ -233,9 +233,8 @@ class FileNormalizer:
     def _transform_of(self, path: Path) -> NormalizeStain:
         if self.settings.offsets is None:
             return self.transform
-        t = self.transform
         offset = torch.tensor([0.0, *self.settings.offsets.of(path)])
-        return NormalizeStain(t.network, t.preserve_white, target=t.target, offset=offset).to(t.network.device)
+        return self.transform.with_offset(offset).to(self.transform.network.device)
 
     def _how(self, path: Path) -> str:
         """What a result depends on besides weights and version."""

@@ -42,7 +42,7 @@ class Pyramid:
         self.table = table
         self.encode = encode
         self.sizes = level_sizes(*slide.dimensions)
-        self.smaller = [_Level(self.sizes[i], self.sizes[i - 1], folder) for i in range(1, len(self.sizes))]
+        self.smaller = [_Level(below, folder) for below in self.sizes[:-1]]
         self.top: Pixels = np.empty((0, 0, 4), np.uint8)
 
     def largest(self, threads: int, progress: Callable[[int], object]) -> Generator[bytes]:
@@ -112,8 +112,7 @@ class Pyramid:
 class _Level:
     """The tiles of a smaller level, on disk until their turn comes, and those of which parts are missing."""
 
-    def __init__(self, size: tuple[int, int], below: tuple[int, int], folder: Path) -> None:
-        self.size = size
+    def __init__(self, below: tuple[int, int], folder: Path) -> None:
         self.rows, self.columns = (-(-length // TILE) for length in reversed(below))
         self.file: BinaryIO = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         self.lengths: list[int] = []

@@ -77,14 +77,7 @@ def slide_normalizer(
             if len(sums) == SAMPLED_TILES:
                 break
     total = torch.stack(sums) if sums else torch.zeros(0, 3, device=device)
-    fixed = NormalizeStain(
-        normalize.network,
-        normalize.preserve_white,
-        target=normalize.target,
-        recipe=normalize.recipe,
-        offset=robust_mean_offset(total),
-    )
-    return fixed, len(sums)
+    return normalize.with_offset(robust_mean_offset(total)), len(sums)
 
 
 def sampled_side(slide: Slide) -> int:
@@ -217,7 +210,7 @@ class SlideTiles(Dataset[dict[str, Any]]):
             raise ValueError(f"{self.path}: {error}") from error
         if self._read_side != self.side:
             whole = Image.fromarray(image.permute(1, 2, 0).numpy())
-            image = pil_to_tensor(whole.resize((self.side, self.side), Image.Resampling.BICUBIC, reducing_gap=None))
+            image = pil_to_tensor(whole.resize((self.side, self.side), Image.Resampling.BICUBIC))
         if self.normalize is not None:
             image = self.normalize(image)
         return {"image": image.contiguous(), "x": x, "y": y, "level": self.level}

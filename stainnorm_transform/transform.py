@@ -174,9 +174,11 @@ class NormalizeStain(_ImageTransform):
             seen += math.prod(image.shape[:-3])
         if not seen:
             raise ValueError("expected at least one tile, got none")
-        return NormalizeStain(
-            self.network, self.preserve_white, target=self.target, recipe=self.recipe, offset=mean_offset(total)
-        )
+        return self.with_offset(mean_offset(total))
+
+    def with_offset(self, offset: Tensor) -> NormalizeStain:
+        """A new transform to the same target that takes this offset away from every image: (L*, a*, b*), Lab units."""
+        return NormalizeStain(self.network, self.preserve_white, target=self.target, recipe=self.recipe, offset=offset)
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         return _like(inpt, self._normalize)
