@@ -1,3 +1,4 @@
+import functools
 import io
 import os
 import pickle
@@ -188,6 +189,7 @@ def test_a_truncated_slide_is_found(tmp_path, pixels, kept, caplog):
     assert not caplog.records
 
 
+@functools.cache  # it holds the second at which it was made
 def swapped_profile():
     """sRGB with red and blue exchanged."""
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
