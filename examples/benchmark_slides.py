@@ -31,11 +31,11 @@ from tqdm import tqdm
 
 from stainnorm_transform import NormalizeStain
 from stainnorm_transform.color import shift_table
-from stainnorm_transform.pyramid import BLOCK, TILE, encoder
-from stainnorm_transform.slide_files import SlideFormat, write_slide
-from stainnorm_transform.slide_reader import Pixels, Slide, corners, look_up_pixels
-from stainnorm_transform.slides import slide_normalizer
-from stainnorm_transform.threads import cores, in_order
+from stainnorm_transform.resources import cores, in_order
+from stainnorm_transform.slides import Slide, SlideFormat, slide_normalizer, write_slide
+from stainnorm_transform.slides.pyramid import BLOCK, TILE, encoder
+from stainnorm_transform.slides.reader import corners
+from stainnorm_transform.slides.tables import Pixels, look_up_pixels
 
 FORMAT = SlideFormat()
 # Blocks in memory, for the parts that are sampled; and for tiatoolbox.
@@ -51,7 +51,7 @@ subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
 IMPORTS = "import torch, torchvision"
-COMMAND = "import sys; from stainnorm_transform.cli import main; sys.exit(main())"
+COMMAND = "import sys; from stainnorm_transform.cli.main import main; sys.exit(main())"
 Seconds = Callable[[], float]
 
 

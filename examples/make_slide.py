@@ -15,9 +15,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from stainnorm_transform.files import replacing
-from stainnorm_transform.pyramid import TILE
-from stainnorm_transform.slide_files import SlideFormat, write_slide
-from stainnorm_transform.threads import cores
+from stainnorm_transform.resources import cores
+from stainnorm_transform.slides import SlideFormat, write_slide
+from stainnorm_transform.slides.pyramid import TILE
 
 
 class Mosaic:

@@ -19,10 +19,11 @@ from torchvision.models import resnet50
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from stainnorm_transform import NormalizeStain, images
+from stainnorm_transform import NormalizeStain
 from stainnorm_transform.files import replacing
-from stainnorm_transform.slide_reader import SUFFIXES, is_slide, without_parts
-from stainnorm_transform.slides import SlideTiles
+from stainnorm_transform.folders import find
+from stainnorm_transform.slides import SlideTiles, is_slide
+from stainnorm_transform.slides.formats import SUFFIXES, without_parts
 
 
 @ray.remote(max_retries=3)
@@ -54,7 +55,7 @@ def main() -> None:
     ray.init(log_to_driver=False)
     options.out.mkdir(parents=True, exist_ok=True)
     waiting = {}
-    found = images.find([options.slides], skip=options.out, suffixes=(*SUFFIXES, ".tif", ".tiff"))
+    found = find([options.slides], skip=options.out, suffixes=(*SUFFIXES, ".tif", ".tiff"))
     for path in without_parts(path for path in found if is_slide(path)):
         output = options.out.absolute() / f"{found[path]}.safetensors"
         if not output.exists():

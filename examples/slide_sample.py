@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from stainnorm_transform import NormalizeStain
 from stainnorm_transform.estimate import mean_offset, robust_mean_offset, tissue_sums
-from stainnorm_transform.slides import SAMPLED_TILES, Slide, places, sampled_side
-from stainnorm_transform.threads import cores, in_order
+from stainnorm_transform.resources import cores, in_order
+from stainnorm_transform.slides import Slide
+from stainnorm_transform.slides.sampling import SAMPLED_TILES, places, sampled_side
 
 SIZES = (16, 32, 64, 128, 192, 256)
 STARTS = 20

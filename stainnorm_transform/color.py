@@ -1,4 +1,4 @@
-"""Color arithmetic: CIELAB, and the a*, b* shift, computed straight in RGB."""
+"""Color arithmetic: kornia's CIELAB, and the a*, b* shift, computed straight in RGB."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+with warnings.catch_warnings():
+    # kornia makes TorchScript functions as it is imported, of which newer versions of torch warn.
+    warnings.simplefilter("ignore", FutureWarning)
+    from kornia.color import rgb_to_lab as rgb_to_lab
 
 # Linear sRGB -> CIE XYZ (ITU-R BT.709 primaries) and the D65 white point, rounded as in kornia and scikit-image: an
 # offset estimated in their Lab is then exactly that offset here. White as the row sums differs by up to 2e-4 in RGB.
@@ -89,15 +94,14 @@ def shift_ab(image: Tensor, offset: Tensor, preserve_white: bool = True) -> Tens
 
     offset = offset.to(image.device).expand(*leading, 2)
     tracked = torch.is_grad_enabled() and (image.requires_grad or offset.requires_grad)
-    if eager_on_cpu(image) and not tracked:
+    if eager_on_cpu(image, offset) and not tracked:
         return _in_pieces(image, offset, preserve_white)
-    if image.device.type == "cuda" and _eager() and not tracked:
+    if image.device.type == "cuda" and _is_eager(image, offset) and not tracked:
         moved = _in_one_kernel(image, offset, preserve_white)
     else:
         moved = one_by_one(functools.partial(_at_once, preserve_white=preserve_white), image, offset)
     # vmap cannot write to what it does not map.
-    in_functorch = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
-    if moved.stride() == image.stride() or in_functorch:
+    if moved.stride() == image.stride() or not (torch.compiler.is_compiling() or _is_plain(image, offset)):
         return moved
     return torch.empty_like(image).copy_(moved)
 
@@ -145,20 +149,12 @@ def _in_one_kernel(image: Tensor, offset: Tensor, preserve_white: bool) -> Tenso
         _kernel = _kernel or torch.compile(_at_once, dynamic=True)
         # By .data, as for a view the compiler looks at its base, and compiles again for every shape of that.
         return _kernel(pixels.data, offsets.data, preserve_white).view(image.shape)
-    except torch._dynamo.exc.TorchDynamoException as problem:
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as problem:  # Of this kind are all errors of the compiler.
         _kernel = _at_once
         warnings.warn(f"shift_ab is slower than it could be, as it cannot be compiled: {problem}", stacklevel=3)
         return _at_once(image, offset, preserve_white)
-
-
-def rgb_to_lab(image: Tensor) -> Tensor:
-    """CIELAB (D65, 2 degree observer) of floating point sRGB in [0, 1]: (..., 3, H, W) to the same shape.
-
-    Agrees with kornia and scikit-image, at a fraction of the time.
-    """
-    linear = _decode(image).unbind(-3)
-    f_x, f_y, f_z = (_f(_weighted(row, linear)) for row in _M)
-    return torch.stack([116 * f_y - 16, 500 * (f_x - f_y), 200 * (f_y - f_z)], dim=-3)
 
 
 def shift_table(offset: Tensor, preserve_white: bool = True) -> Tensor:
@@ -242,26 +238,33 @@ def one_by_one(function: Callable[..., Tensor], image: Tensor, *rows: Tensor) ->
     count = math.prod(leading)
     batch = image.reshape(count, *image.shape[-3:])
     flat = [row.reshape(count, row.shape[-1]) for row in rows]
-    if eager_on_cpu(image) and count > 1:
+    if eager_on_cpu(image, *rows) and count > 1:
         out = torch.cat([function(*(rows[i : i + 1] for rows in (batch, *flat))) for i in range(count)])
     else:
         out = function(batch, *flat)
     return out.reshape(*leading, *out.shape[1:])
 
 
-def eager_on_cpu(image: Tensor) -> bool:
-    """Whether an image can be worked piece by piece, and values looked at, without a cost."""
-    return image.device.type == "cpu" and _eager()
+def eager_on_cpu(*tensors: Tensor) -> bool:
+    """Whether images can be worked piece by piece, and values looked at, without a cost."""
+    return tensors[0].device.type == "cpu" and _is_eager(*tensors)
 
 
-def _eager() -> bool:
-    """Whether nothing watches the operations: no compiler, no tracer, no transform of ``torch.func``."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-    )
+def _is_eager(*tensors: Tensor) -> bool:
+    """Whether nothing watches what is done with tensors: no compiler, tracer, or transform of ``torch.func``."""
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return not tracing and _is_plain(*tensors)
+
+
+def _is_plain(*tensors: Tensor) -> bool:
+    """Whether tensors are memory, not stand-ins: those of ``torch.func``, dual numbers, fake tensors."""
+    try:
+        # Those of torch.func have no storage, and that of a fake tensor is on no device.
+        if any(tensor.untyped_storage().device != tensor.device for tensor in tensors):
+            return False
+    except RuntimeError:
+        return False
+    return all(forward_ad.unpack_dual(tensor).tangent is None for tensor in tensors)  # type: ignore[no-untyped-call]
 
 
 def shift_batch(image: Tensor, offset: Tensor, preserve_white: bool, scratch: Tensor | None = None) -> Tensor:

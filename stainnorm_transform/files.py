@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import secrets
 import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +17,6 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 PREFIX, SUFFIX = ".stainnorm-", ".part"
-# It can only be read by setting it, which other threads would notice later.
-_UMASK = os.umask(0)
-os.umask(_UMASK)
 
 
 @contextmanager
@@ -33,7 +30,6 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     handle, temporary = _make(path.parent)
     try:
         yield temporary
-        temporary.chmod(0o666 & ~_UMASK)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -46,15 +42,16 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 def _make(folder: Path) -> tuple[int, Path]:
     """A new file, locked for as long as its process lives, where the file system can."""
     while True:
-        handle, name = tempfile.mkstemp(prefix=PREFIX, suffix=SUFFIX, dir=folder)
+        path = folder / f"{PREFIX}{secrets.token_hex(8)}{SUFFIX}"
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         if not fcntl:
             os.close(handle)  # Windows renames no open file.
-            return handle, Path(name)
+            return handle, path
         with contextlib.suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX)
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(name), os.fstat(handle)):
-                return handle, Path(name)
+            if os.path.samestat(path.stat(), os.fstat(handle)):
+                return handle, path
         os.close(handle)  # Another process took it for a leftover before it was locked.
 
 
@@ -85,6 +82,11 @@ def check_regular(path: Path) -> None:
     """Raises OSError where nothing can be read, ValueError for a pipe or a device, which might never end."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError("expected a regular file, got a folder, pipe or device")
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, in one line, or its kind where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def printable(text: str) -> str:

@@ -4,7 +4,7 @@ import sys
 from importlib import metadata
 
 import pytest
-from conftest import ROOT
+from synthetic import ROOT
 
 import stainnorm_transform
 

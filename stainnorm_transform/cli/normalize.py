@@ -1,0 +1,212 @@
+"""The command ``stainnorm normalize``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import NoReturn
+
+from tqdm import tqdm
+
+from stainnorm_transform import weights
+from stainnorm_transform.cli.options import add_device, add_inputs, path_name
+from stainnorm_transform.files import printable, remove_leftovers
+from stainnorm_transform.folders import overview
+from stainnorm_transform.folders.normalizer import FileNormalizer, Settings
+from stainnorm_transform.folders.offsets import Offsets
+from stainnorm_transform.folders.outcome import FULL, Outcome
+from stainnorm_transform.folders.plan import Plan, make_plan
+from stainnorm_transform.folders.ray import MANIFEST, check_manifest, normalize_by_ray, write_manifest
+from stainnorm_transform.resources import cores
+from stainnorm_transform.slides import SlideFormat
+
+OVERVIEW = "overview.png"
+RAY_THREADS = 2
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds ``normalize`` to the commands."""
+    parser = commands.add_parser(
+        "normalize",
+        help="give images and slides the colors of the target",
+        description="Gives H&E images (PNG, JPEG, TIFF; 8-bit RGB or RGBA) and whole slides (what OpenSlide reads, and "
+        'OME-TIFF; pip install "stainnorm-transform[slides]") the colors of the target. Every image gets one a*, b* '
+        "offset of its own, so tiles of one slide may differ a little; a slide gets one as a whole, from a sample of "
+        "its tissue. Lightness and white glass (L* > 97) stay, and what has no tissue keeps its colors. Resolution, "
+        "ICC profile and transparency are kept. Of images, JPEG is written at quality 95 without chroma subsampling, "
+        "TIFF without loss. Slides become tiled pyramidal BigTIFF; their label, and the image of the whole glass, "
+        "which shows it, are left out. Files of other kinds in a folder are left out.",
+        epilog="DIR/offsets.csv lists each file, by its full path, with the offset that was taken from it; of several "
+        "lines for one output the last counts. The same command again does what is missing: a file is finished if "
+        "the list has it and path, size and time of change of the file and of its result are as listed, as are the "
+        "weights, the version of the program, and the options that the result depends on; of a slide of several files "
+        "only the one that is opened is compared. Results of files that are gone, or that have another name "
+        "with --ome, stay. Files that cannot be normalized are named at the end, and the exit status is then 1.",
+    )
+    add_inputs(parser, "image, slide")
+    parser.add_argument(
+        "--out", required=True, type=path_name, metavar="DIR", help="folder to write to, in the same subfolders"
+    )
+    parser.add_argument(
+        "--weights",
+        default=weights.DEFAULT,
+        metavar="NAME|PATH",
+        help="the target: a name that 'stainnorm list' shows, or a .safetensors file (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--offset",
+        metavar="A,B|CSV",
+        help="take away this a*, b* offset instead of an estimate (--offset=-3,4.5), or those of a CSV file with the "
+        "columns input (path or name), offset_a and offset_b, such as an offsets.csv",
+    )
+    add_device(parser)
+    parser.add_argument("--again", action="store_true", help="normalize finished files again, too")
+    parser.add_argument(
+        "--overview",
+        action="store_true",
+        help=f"also write DIR/overview.png: up to {overview.PAIRS} files before and after, evenly chosen",
+    )
+    _add_slide_options(parser.add_argument_group("slides"))
+    parser.set_defaults(run=run)
+
+
+def _add_slide_options(group: argparse._ArgumentGroup) -> None:
+    compression = group.add_mutually_exclusive_group()
+    compression.add_argument(
+        "--quality",
+        type=int,
+        default=SlideFormat.quality,
+        metavar="Q",
+        help="JPEG quality, 1 to 100; below 90, color has half the resolution (default: %(default)s)",
+    )
+    compression.add_argument("--lossless", action="store_true", help="compress without loss: 3 to 5 times as large")
+    group.add_argument(
+        "--ome",
+        action="store_true",
+        help="write OME-TIFF (.ome.tif), of which OpenSlide sees the largest level only; default: .tif in Aperio's "
+        "layout, which OpenSlide reads with all levels, resolution and magnification",
+    )
+    group.add_argument(
+        "--srgb",
+        action="store_true",
+        help="convert colors to sRGB by the slide's ICC profile first; default: take them as stored, keep the profile",
+    )
+    group.add_argument(
+        "--keep-label", action="store_true", help="keep the images of the label and of the whole glass (macro)"
+    )
+    group.add_argument(
+        "--threads",
+        type=_positive,
+        metavar="N",
+        help=f"threads for a slide (default: one for each core; with --ray {RAY_THREADS})",
+    )
+    group.add_argument(
+        "--ray",
+        action="store_true",
+        help="one task a file on the Ray cluster at RAY_ADDRESS, or else on this machine; all must see INPUT, weights "
+        "and DIR under the same paths "
+        f'(pip install "stainnorm-transform[ray]"). Results are also listed in DIR/{MANIFEST}',
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of 1 or more, got {text!r}")
+    return int(text)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Normalizes as the options say; returns the exit status."""
+    reserved = [OVERVIEW] * options.overview + [MANIFEST] * options.ray
+    plan = make_plan(_settings(options), options.inputs, reserved)
+    if options.ray:
+        check_manifest(options.out)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for folder in {output.parent for output in plan.outputs.values()}:
+        remove_leftovers(folder)
+    outcomes: dict[Path, Outcome] = {}
+    with plan.normalizer.record:
+        try:
+            _carry_out(plan, outcomes, options.again, options.ray)
+        finally:
+            _report(plan, outcomes, options.out)
+            if options.ray:
+                write_manifest(plan.normalizer.settings.out, plan.outputs, outcomes)
+    if options.overview:
+        good = {path: output for path, output in plan.outputs.items() if not outcomes[path].error}
+        plan.normalizer.record.reread()
+        overview.write(good, plan.normalizer.record, plan.normalizer.settings.out / OVERVIEW)
+    return 1 if any(outcome.error for outcome in outcomes.values()) else 0
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    # Ray's processes work in folders of their own.
+    is_path = options.weights not in weights.names() and os.path.exists(options.weights)
+    return Settings(
+        out=options.out.absolute(),
+        weights=os.path.abspath(options.weights) if is_path else options.weights,
+        device=options.device,
+        offsets=None if options.offset is None else Offsets.parse(options.offset),
+        slide_format=SlideFormat(None if options.lossless else options.quality, options.ome, options.keep_label),
+        to_srgb=options.srgb,
+        threads=options.threads or (RAY_THREADS if options.ray else cores()),
+    )
+
+
+def _carry_out(plan: Plan, outcomes: dict[Path, Outcome], again: bool, by_ray: bool) -> None:
+    """Adds the outcome of each file as it ends. Raises OSError where every other file would fail as well."""
+    work, known = plan.unfinished(again)
+    outcomes |= known
+    results = normalize_by_ray(plan.normalizer.settings, work, again) if by_ray else _one_by_one(plan.normalizer, work)
+    with contextlib.closing(results):
+        for path, outcome in tqdm(results, total=len(plan.outputs), initial=len(known), unit="file", disable=None):
+            if outcome.number in FULL:
+                go_on = "" if again else "; the same command goes on from here"
+                raise OSError(f"{outcome.error}: stopped; what was finished is kept{go_on}")
+            outcomes[path] = outcome
+
+
+def _one_by_one(normalizer: FileNormalizer, work: Mapping[Path, Path]) -> Generator[tuple[Path, Outcome]]:
+    for path, output in work.items():
+        with _SlideBar(path) as bar:
+            outcome = normalizer.outcome(path, output, bar.update)
+        yield path, outcome
+
+
+class _SlideBar:
+    """A progress bar that appears with the first pixels of a slide and goes with the last."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = printable(path.name)
+        self.bar: tqdm[NoReturn] | None = None
+
+    def __enter__(self) -> _SlideBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def update(self, pixels: int, total: int) -> None:
+        bar = self.bar = self.bar or tqdm(
+            total=total, unit="px", unit_scale=True, desc=self.name, leave=False, disable=None
+        )
+        bar.update(pixels)
+
+
+def _report(plan: Plan, outcomes: Mapping[Path, Outcome], out: Path) -> None:
+    good = [path for path in plan.outputs if path in outcomes and not outcomes[path].error]
+    earlier = sum(outcomes[path].earlier for path in good)
+    by_earlier = f", {earlier} of them by an earlier run" if earlier else ""
+    target = plan.normalizer.transform.target
+    print(f"{len(good)} of {len(plan.outputs)} images normalized to {target!r} in {printable(str(out))}{by_earlier}")
+    for path in good:
+        if outcomes[path].note:
+            print(printable(f"  {path}: {outcomes[path].note}"))
+    failed = [f"{path}: {outcome.error}" for path, outcome in outcomes.items() if outcome.error]
+    if failed:
+        print(f"{len(failed)} failed:", *map(printable, failed), sep="\n  ", file=sys.stderr)

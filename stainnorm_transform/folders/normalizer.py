@@ -1,0 +1,162 @@
+"""One file, image or slide, to its output and its line in the record."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+
+from stainnorm_transform import __version__
+from stainnorm_transform.color import shift_ab
+from stainnorm_transform.files import replacing
+from stainnorm_transform.folders import images
+from stainnorm_transform.folders.offsets import Offsets
+from stainnorm_transform.folders.outcome import FULL, Outcome
+from stainnorm_transform.folders.record import Record, Source
+from stainnorm_transform.resources import choose_device
+from stainnorm_transform.slides import Slide, SlideFormat, is_slide, slide_normalizer, write_slide
+from stainnorm_transform.transform import NormalizeStain
+
+# Told how many more pixels of a slide are done, and of how many.
+Progress = Callable[[int, int], object]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How files are normalized.
+
+    Args:
+        out: the folder of the outputs and their record.
+        weights: name or path.
+        device: as for ``choose_device``.
+        offsets: given offsets instead of estimates.
+        slide_format: how slides are written.
+        to_srgb: whether slides are converted to sRGB by their ICC profile.
+        threads: to read and write a slide with.
+    """
+
+    out: Path
+    weights: str
+    device: str | None = None
+    offsets: Offsets | None = None
+    slide_format: SlideFormat = field(default_factory=SlideFormat)
+    to_srgb: bool = False
+    threads: int = 1
+
+
+class FileNormalizer:
+    """Normalizes files as the settings say.
+
+    Raises:
+        ValueError: weights, device or record cannot be used.
+        OSError: they cannot be read.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.transform = NormalizeStain.pretrained(settings.weights).to(choose_device(settings.device))
+        self.record = Record(settings.out, _made_by(self.transform))
+
+    def output_name(self, path: Path, below: Path) -> Path:
+        """How the output of a file at ``below`` is named: as its input, but for slides."""
+        if not is_slide(path):
+            return below
+        stem = below.stem[:-4] if below.stem.lower().endswith(".ome") else below.stem
+        return below.with_name(stem + self.settings.slide_format.suffix)
+
+    def is_current(self, path: Path, output: Path) -> bool:
+        """Whether the output is there, as these settings make it of this file."""
+        return self.record.is_current(path, output, self._how(path))
+
+    def outcome(self, path: Path, output: Path, progress: Progress = lambda pixels, total: None) -> Outcome:
+        """As ``normalize``, with whatever goes wrong."""
+        start = time.monotonic()
+        try:
+            note = self.normalize(path, output, progress)
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
+                error = OSError(error.errno, error.strerror, str(output))
+            return Outcome.of(error, path)
+        return Outcome(note=note or "", seconds=time.monotonic() - start)
+
+    def normalize(self, path: Path, output: Path, progress: Progress = lambda pixels, total: None) -> str | None:
+        """Writes the output and its line in the record, which must be open. Returns what is to be said of it."""
+        source = self.record.source(path, self._how(path))
+        transform = self._transform_of(path)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if is_slide(path):
+            return self._slide(transform, source, path, output, progress)
+        self._image(transform, source, path, output)
+        return None
+
+    def _slide(
+        self, transform: NormalizeStain, source: Source, path: Path, output: Path, progress: Progress
+    ) -> str | None:
+        threads = self.settings.threads
+        with Slide(path, self.settings.to_srgb) as slide:
+            total = slide.dimensions[0] * slide.dimensions[1]
+            progress(0, total)
+            fixed, tiles = slide_normalizer(slide, transform, threads)
+            offset = _finite(fixed.estimate_offset(torch.zeros(3, 1, 1, dtype=torch.uint8)))
+            with replacing(output) as temporary:
+                file_format = self.settings.slide_format
+                write_slide(slide, temporary, fixed, file_format, threads, lambda pixels: progress(pixels, total))
+                self.record.add(source, output, offset[1].item(), offset[2].item(), temporary)
+            notes = []
+            if tiles == 0:
+                notes.append("no tissue was found, colors are as they were")
+            if slide.mpp and not self.settings.slide_format.ome and not 0.99 < slide.mpp[0] / slide.mpp[1] < 1.01:
+                notes.append("pixels are not square, OpenSlide will give the mean of their sides")
+            if slide.mpp is None:
+                notes.append("the slide does not say its resolution, nor does the result")
+        return "; ".join(notes) or None
+
+    def _image(self, transform: NormalizeStain, source: Source, path: Path, output: Path) -> None:
+        """Keeps the transparency."""
+        image = images.read(path)
+        device = transform.network.device
+        colors = pil_to_tensor(image.convert("RGB")).to(device)
+        seen = colors if image.mode == "RGB" else pil_to_tensor(images.flatten(image)).to(device)
+        offset = _finite(transform.estimate_offset(seen))
+        after = to_pil_image(shift_ab(colors, -offset[1:], transform.preserve_white).cpu())
+        if image.mode == "RGBA":
+            after.putalpha(image.getchannel("A"))
+        content = images.encode(after, output.suffix, like=image)
+        with replacing(output) as temporary:
+            temporary.write_bytes(content)
+            self.record.add(source, output, offset[1].item(), offset[2].item(), temporary)
+
+    def _transform_of(self, path: Path) -> NormalizeStain:
+        if self.settings.offsets is None:
+            return self.transform
+        offset = torch.tensor([0.0, *self.settings.offsets.of(path)])
+        return self.transform.with_offset(offset).to(self.transform.network.device)
+
+    def _how(self, path: Path) -> str:
+        """What a result depends on besides weights and version."""
+        how = ""
+        if self.settings.offsets is not None:
+            how += " offset {:g},{:g}".format(*self.settings.offsets.of(path))
+        if is_slide(path):
+            chosen = self.settings.slide_format
+            how += " lossless" if chosen.quality is None else f" quality {chosen.quality}"
+            how += " label" * chosen.keep_label + " srgb" * self.settings.to_srgb
+        return how
+
+
+def _finite(offset: torch.Tensor) -> torch.Tensor:
+    if not offset.isfinite().all():
+        raise ValueError(f"the weights give an offset that is not finite: {offset.tolist()}")
+    return offset
+
+
+def _made_by(transform: NormalizeStain) -> str:
+    digest = hashlib.sha256(str(transform.preserve_white).encode())
+    for tensor in transform.state_dict().values():
+        digest.update(tensor.cpu().numpy().tobytes())
+    return f"stainnorm {__version__} {transform.target} {digest.hexdigest()[:12]}"

@@ -1,0 +1,159 @@
+"""What a run will do: which files are normalized, and where each result goes. Nothing is written yet."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stainnorm_transform.folders import record
+from stainnorm_transform.folders.images import SUFFIXES
+from stainnorm_transform.folders.normalizer import FileNormalizer, Settings
+from stainnorm_transform.folders.outcome import Outcome
+from stainnorm_transform.slides import formats, is_slide
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The files of a run.
+
+    Attributes:
+        normalizer: what makes a result of a file.
+        outputs: the result of each file.
+    """
+
+    normalizer: FileNormalizer
+    outputs: dict[Path, Path]
+
+    def unfinished(self, again: bool) -> tuple[dict[Path, Path], dict[Path, Outcome]]:
+        """The files that are to be done, with their outputs, and the outcomes of those that are not.
+
+        Args:
+            again: whether finished files are done again.
+        """
+        work, outcomes = {}, {}
+        for path, output in self.outputs.items():
+            try:
+                if again or not self.normalizer.is_current(path, output):
+                    work[path] = output
+                else:
+                    outcomes[path] = Outcome(earlier=True)
+            except Exception as error:
+                outcomes[path] = Outcome.of(error, path)
+        return work, outcomes
+
+
+def make_plan(settings: Settings, inputs: Sequence[Path], reserved: Sequence[str] = ()) -> Plan:
+    """Finds the files of a run, and refuses what would overwrite files that are no results.
+
+    Args:
+        settings: how files are normalized.
+        inputs: files and folders.
+        reserved: names in the output folder that are taken, besides that of the record.
+
+    Raises:
+        ValueError: an input does not exist, there is no image, an output is taken, or the settings cannot be used.
+        ImportError: a file is a slide, and the packages for slides are not installed.
+        OSError: a folder, the weights or the record cannot be read.
+    """
+    out = settings.out
+    if os.path.lexists(out) and not out.is_dir():
+        raise ValueError(f"expected a folder to write to, got {out}, which is none")
+    for folder in inputs:
+        if folder.is_dir() and out.is_dir() and folder.samefile(out):
+            raise ValueError(f"{folder} is an input, whose files would be overwritten: choose another output folder")
+    normalizer = FileNormalizer(settings)
+    found = find(inputs, skip=out, suffixes=SUFFIXES + formats.SUFFIXES)
+    named = {path: normalizer.output_name(path, found[path]) for path in formats.without_parts(found)}
+    outputs = place(named, out, [record.NAME, *reserved])
+    if any(is_slide(path) for path in outputs):
+        formats.packages()
+    there = {path: output for path, output in outputs.items() if os.path.lexists(output)}
+    # In this order, as another run may make some meanwhile: their lines come first.
+    normalizer.record.reread()
+    for path, output in there.items():
+        if not normalizer.record.has(output):
+            raise ValueError(
+                f"{path} would be written to {output}, which is there and was not made by this command: choose another "
+                "output folder, or remove it"
+            )
+    return Plan(normalizer, outputs)
+
+
+def find(inputs: Sequence[Path], skip: Path | None = None, suffixes: tuple[str, ...] = SUFFIXES) -> dict[Path, Path]:
+    """The images among files and in folders, searched recursively: real path -> path below its input folder.
+
+    Links to folders are not followed.
+
+    Args:
+        inputs: images and folders.
+        skip: a folder not to search.
+        suffixes: of images in folders.
+
+    Raises:
+        ValueError: an input does not exist, or there is no image.
+        OSError: a folder cannot be read.
+    """
+    found: dict[Path, Path] = {}
+    real = functools.cache(os.path.realpath)
+    skipped = _identity(skip) if skip and skip.exists() else None
+    for given in inputs:
+        if not given.exists():
+            raise ValueError(f"{given} does not exist")
+        for path in _walk(given, skipped, suffixes) if given.is_dir() else [given]:
+            below = path.relative_to(given) if given.is_dir() else Path(path.name)
+            # Not abspath, for which link/../a is ./a.
+            found.setdefault(Path(real(path.parent), path.name), below)
+    if not found:
+        raise ValueError(f"no images ({', '.join(suffixes)}) in {', '.join(str(given) for given in inputs)}")
+    return found
+
+
+def place(found: Mapping[Path, Path], out: Path, reserved: Sequence[str] = ()) -> dict[Path, Path]:
+    """Which file each image is written to: ``out`` plus a path below it.
+
+    Args:
+        found: each image with its path below ``out``.
+        out: the folder to write to.
+        reserved: names in ``out`` that are taken.
+
+    Raises:
+        ValueError: two images for one output, or an output that is an input or reserved.
+    """
+    outputs = {path: out / below for path, below in found.items()}
+    sources: dict[Path, Path] = {}
+    originals = {_identity(path) for path in outputs}
+    for path, output in outputs.items():
+        # The same file may have several names, by links, mounts or letter case.
+        if os.path.exists(output) and _identity(output) in originals:
+            raise ValueError(f"{output} is an input and would be overwritten: choose another output folder")
+        if output in sources:
+            raise ValueError(
+                f"{sources[output]} and {path} would both be written to {output}: use two output folders, in two runs"
+            )
+        if output.relative_to(out).parts[0] in reserved:
+            raise ValueError(f"{path} would be written to {output}, which is for something else: rename it")
+        sources[output] = path
+    return outputs
+
+
+def _identity(path: str | os.PathLike[str]) -> object:
+    """What tells whether two paths lead to one file."""
+    try:
+        state = os.stat(path)
+    except OSError:  # It is missing, or a link that leads nowhere or to itself.
+        return os.path.realpath(path)
+    return state.st_dev, state.st_ino
+
+
+def _walk(folder: Path, skip: object, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for where, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = sorted(name for name in folders if skip is None or _identity(os.path.join(where, name)) != skip)
+        for name in sorted(files):
+            if name.lower().endswith(suffixes) and not name.startswith("."):
+                yield Path(where) / name

@@ -1,0 +1,288 @@
+"""The command normalize, on slides."""
+
+import re
+import signal
+import sys
+
+import numpy as np
+import openslide
+import pytest
+import tifffile
+import torch
+from apart import Stop, in_a_terminal
+from PIL import Image
+from synthetic import (
+    damage,
+    levels_of,
+    make_slide,
+    rows,
+    save,
+    swapped_profile,
+    tissue,
+)
+
+from stainnorm_transform.cli.main import main
+from stainnorm_transform.color import shift_ab
+from stainnorm_transform.slides import Slide, SlideFormat, slide_normalizer, write_slide
+
+
+def test_slides_beside_tiles(run, tmp_path, random_normalize, capsys):
+    make_slide(tmp_path / "in/deep/a.svs", tissue(600, 700), objective=40, mpp=0.25)
+    make_slide(tmp_path / "in/b.tiff", tissue(300, 300))
+    save(tmp_path / "in/c.png")
+    assert run(tmp_path / "in", options=["--lossless", "--overview"]) == 0
+    out = tmp_path / "out"
+    found = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+    assert found == ["b.tif", "c.png", "deep/a.tif", "offsets.csv", "overview.png"]
+    assert "3 of 3 images normalized" in capsys.readouterr().out
+    with Slide(tmp_path / "in/deep/a.svs") as slide:
+        fixed, _ = slide_normalizer(slide, random_normalize)
+    listed = next(row for row in rows(out) if row["output"] == "deep/a.tif")
+    assert [float(listed["offset_a"]), float(listed["offset_b"])] == pytest.approx(fixed.offset[1:].tolist(), abs=1e-3)
+    expected = shift_ab(torch.from_numpy(tissue(600, 700)).permute(2, 0, 1), -fixed.offset[1:])
+    assert np.abs(levels_of(out / "deep/a.tif")[0] - expected.permute(1, 2, 0).numpy().astype(int)).max() <= 1
+
+
+def test_a_slide_is_made_again_only_when_something_changed(run, tmp_path):
+    path, out = make_slide(tmp_path / "in/a.svs", tissue(300, 300)), tmp_path / "out/a.tif"
+
+    def done(*options):
+        before = out.stat().st_mtime_ns if out.exists() else None
+        assert run(tmp_path / "in", options=options) == 0
+        return out.stat().st_mtime_ns != before
+
+    assert done()
+    assert not done()
+    assert not done("--threads", "1")
+    for options in (
+        ["--quality", "80"],
+        ["--lossless"],
+        ["--keep-label"],
+        ["--srgb"],
+        ["--offset=1,2"],
+        ["--offset=1,3"],
+    ):
+        assert done(*options)
+        assert not done(*options)
+    make_slide(path, tissue(310, 300))
+    assert done("--offset=1,3")
+
+
+def test_ome_tiff_has_a_name_of_its_own(run, tmp_path):
+    make_slide(tmp_path / "in/a.svs", tissue(300, 300))
+    assert run(tmp_path / "in", options=["--ome"]) == 0
+    assert run(tmp_path / "out/a.ome.tif", out="again", options=["--ome"]) == 0
+    assert run(tmp_path / "out/a.ome.tif", out="again") == 0
+    assert {path.name for path in (tmp_path / "again").iterdir()} == {"a.ome.tif", "a.tif", "offsets.csv"}
+
+
+def test_given_offsets(run, tmp_path, capsys, monkeypatch):
+    for name in ("a", "b"):
+        make_slide(tmp_path / f"in/{name}.svs", tissue(300, 300))
+    save(tmp_path / "in/c.png")
+    assert run(tmp_path / "in", options=["--offset=-3.5,20"]) == 0
+    assert {(row["offset_a"], row["offset_b"]) for row in rows(tmp_path / "out")} == {("-3.500", "20.000")}
+    table = tmp_path / "table.csv"
+    table.write_text(
+        f"input,offset_a,offset_b\na.svs,1,2\n{tmp_path}/in/b.svs,3,4\nx/b.svs,9,9\nb.svs,8,8\nc.png,5,6\n"
+    )
+    assert run(tmp_path / "in", out="csv", options=["--offset", str(table)]) == 0
+    found = {row["output"]: (row["offset_a"], row["offset_b"]) for row in rows(tmp_path / "csv")}
+    assert found == {"a.tif": ("1.000", "2.000"), "b.tif": ("3.000", "4.000"), "c.png": ("5.000", "6.000")}
+    # The record of a run is such a file.
+    assert run(tmp_path / "in", out="same", options=["--offset", str(tmp_path / "csv/offsets.csv")]) == 0
+    assert {row["output"]: (row["offset_a"], row["offset_b"]) for row in rows(tmp_path / "same")} == found
+    # A file of the same name in another folder is another file; spreadsheets begin with a mark.
+    table.write_text("\ufeffinput,offset_a,offset_b\nin/a.svs,1,2\nx/b.svs,9,9\nc.png,5,6\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert run(tmp_path / "in", out="part", options=["--offset", str(table)]) == 1
+    assert f"b.svs: it is not in {table}" in capsys.readouterr().err
+    assert {row["output"]: row["offset_a"] for row in rows(tmp_path / "part")} == {"a.tif": "1.000", "c.png": "5.000"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1", "expected two finite numbers, as in --offset=3.5,-2, or a CSV file that is there, got '1'"),
+        ("1,nan", "expected two finite numbers"),
+        ("table.csv", "line 2: expected two finite numbers, got 1, inf"),
+        ("long.csv", "field larger than field limit"),
+        ("other.csv", "expected columns input, offset_a and offset_b, got no input"),
+    ],
+)
+def test_offsets_that_are_none_are_refused(run, tmp_path, monkeypatch, capsys, text, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "table.csv").write_text("input,offset_a,offset_b\na.svs,1,inf\n")
+    (tmp_path / "other.csv").write_text("x,offset_a,offset_b\n")
+    (tmp_path / "long.csv").write_text("x" * 200_000 + "\n")
+    save(tmp_path / "in/c.png")
+    assert run(tmp_path / "in", options=[f"--offset={text}"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_blank_slides_keep_their_colors_and_that_is_said(run, tmp_path, capsys):
+    pixels = np.full((700, 600, 3), (240, 238, 243), np.uint8)
+    path = make_slide(tmp_path / "a.svs", pixels, mpp=None)
+    assert run(path, options=["--lossless"]) == 0
+    output = capsys.readouterr().out
+    assert f"{path}: no tissue was found, colors are as they were; the slide does not say its resolution" in output
+    assert np.array_equal(levels_of(tmp_path / "out/a.tif")[0], pixels)
+    assert (rows(tmp_path / "out")[0]["offset_a"], rows(tmp_path / "out")[0]["offset_b"]) == ("0.000", "0.000")
+    with openslide.OpenSlide(tmp_path / "out/a.tif") as slide:
+        assert "openslide.mpp-x" not in slide.properties
+
+
+def test_pixels_that_are_not_square_are_told(run, tmp_path, capsys):
+    with tifffile.TiffWriter(tmp_path / "a.ome.tif", ome=True) as file:
+        metadata = {"axes": "YXS", "PhysicalSizeX": 250, "PhysicalSizeXUnit": "nm", "PhysicalSizeY": 0.5}
+        file.write(tissue(900, 800), tile=(256, 256), photometric="rgb", subifds=1, metadata=metadata)
+        file.write(tissue(450, 400), tile=(256, 256), photometric="rgb", subfiletype=1, metadata=None)
+    assert run(tmp_path / "a.ome.tif") == 0
+    assert "pixels are not square" in capsys.readouterr().out
+    with openslide.OpenSlide(tmp_path / "out/a.tif") as slide:
+        assert float(slide.properties["openslide.mpp-x"]) == pytest.approx(0.25 * 2**0.5, rel=1e-5)
+        assert float(slide.properties["tiff.XResolution"]) == pytest.approx(40_000)
+        assert float(slide.properties["tiff.YResolution"]) == pytest.approx(20_000)
+
+
+def test_colors_become_srgb_if_asked(run, tmp_path):
+    path = make_slide(tmp_path / "a.svs", tissue(300, 300), iccprofile=swapped_profile())
+    assert run(path, options=["--lossless", "--offset=0,0"]) == 0
+    assert np.array_equal(levels_of(tmp_path / "out/a.tif")[0], tissue(300, 300))
+    assert run(path, options=["--lossless", "--offset=0,0", "--srgb"]) == 0
+    assert np.abs(levels_of(tmp_path / "out/a.tif")[0] - tissue(300, 300)[..., ::-1].astype(int)).max() <= 2
+
+
+def test_bad_slides_are_named_and_the_others_done(run, tmp_path, capsys):
+    good = make_slide(tmp_path / "in/good.svs", tissue(1100, 1500))
+    for number, tile in enumerate((0, 3, 20)):
+        damage(make_slide(tmp_path / f"in/damaged{number}.svs", tissue(1100, 1500)), tile=tile)
+    (tmp_path / "in/none.ndpi").write_bytes(b"abc")
+    (tmp_path / "in/short.svs").write_bytes(good.read_bytes()[:9000])
+    grey = np.zeros((600, 600), np.uint8)
+    with tifffile.TiffWriter(tmp_path / "in/grey.tif") as file:
+        for _ in range(2):
+            file.write(grey, tile=(256, 256), photometric="minisblack", metadata=None)
+    assert run(tmp_path / "in") == 1
+    captured = capsys.readouterr()
+    assert "1 of 7 images normalized" in captured.out
+    for name in ("damaged0.svs", "damaged1.svs", "damaged2.svs"):
+        assert f"{name}: damaged at x = " in captured.err
+    assert "none.ndpi: not a slide of a format that OpenSlide reads" in captured.err
+    assert "short.svs: " in captured.err
+    assert "grey.tif: expected 8-bit RGB, got 8 bits and 1 channel a page" in captured.err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"good.tif", "offsets.csv"}
+    assert "Traceback" not in captured.err
+
+
+def test_inputs_are_no_outputs(run, tmp_path, capsys):
+    path = make_slide(tmp_path / "in/a.tif", tissue(300, 300))
+    before = path.read_bytes()
+    assert run(tmp_path / "in", out="in") == 2
+    assert "is an input, whose files would be overwritten" in capsys.readouterr().err
+    assert run(path, out="in") == 2
+    assert "is an input and would be overwritten" in capsys.readouterr().err
+    assert path.read_bytes() == before
+    make_slide(tmp_path / "in/a.svs", tissue(300, 300))
+    assert run(tmp_path / "in") == 2
+    assert "would both be written to" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_no_part_of_a_slide(run, tmp_path, small_disk, capsys):
+    disk, remount = small_disk
+    pixels = tissue(1100, 1500)
+    with Slide(make_slide(tmp_path / "in/a.svs", pixels)) as slide:
+        write_slide(slide, tmp_path / "x.tif", None, SlideFormat(), threads=2)
+    size = (tmp_path / "x.tif").stat().st_size
+    remount(f"size={int(0.9 * size) // 4096 * 4096}")
+    assert run(tmp_path / "in", out="disk/out") == 2
+    error = capsys.readouterr().err
+    assert "No space left on device" in error
+    assert "the same command goes on from here" in error
+    assert {path.name for path in (disk / "out").iterdir()} == {"offsets.csv"}
+    remount("size=30m")
+    assert run(tmp_path / "in", out="disk/out") == 0
+    assert levels_of(disk / "out/a.tif")[0].shape == (1100, 1500, 3)
+
+
+@pytest.mark.parametrize("threads", ["3"])
+def test_a_full_disk_while_many_blocks_wait(start, tmp_path, small_disk, threads):
+    """Threads must not read from a slide that has been closed: OpenSlide would end the process."""
+    disk, _ = small_disk
+    make_slide(tmp_path / "in/a.svs", tissue(4096, 4096), compression="jpeg")
+    done = start(tmp_path / "in", "--threads", threads, out=disk / "out")()
+    assert done.status == 2, done
+    assert f"No space left on device: '{disk}/out/a.tif'" in done.err
+    assert {path.name for path in (disk / "out").iterdir()} == {"offsets.csv"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_that_is_stopped_leaves_whole_slides_only(run, start, tmp_path, capsys, number):
+    """In the middle of the second slide of three: a slide has six tiles of smaller levels."""
+    for name in "abc":
+        make_slide(tmp_path / f"in/{name}.svs", tissue(1500, 1500))
+    out = tmp_path / "out"
+    stopped = start(tmp_path / "in", "--threads", "1", stop=Stop("slides.pyramid.Pyramid._add", 7, number))()
+    assert stopped.status == (130 if number == signal.SIGINT else -number), stopped
+    if number == signal.SIGINT:
+        assert "interrupted; what was finished is kept" in stopped.err
+        assert "Traceback" not in stopped.err
+    assert len(list(out.glob(".stainnorm-*"))) == (number == signal.SIGKILL)
+    assert [path.name for path in out.glob("*.tif")] == ["a.tif"]
+    before = (out / "a.tif").stat().st_mtime_ns
+    assert levels_of(out / "a.tif")[0].shape == (1500, 1500, 3)
+    assert run(tmp_path / "in") == 0
+    assert f"3 of 3 images normalized to 'test' in {out}, 1 of them by an earlier run" in capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == {"a.tif", "b.tif", "c.tif", "offsets.csv"}
+    assert (out / "a.tif").stat().st_mtime_ns == before
+
+
+def test_slides_without_the_packages_are_named(run, tmp_path, monkeypatch, capsys):
+    make_slide(tmp_path / "in/a.svs", tissue(300, 300))
+    save(tmp_path / "in/c.png")
+    monkeypatch.setitem(sys.modules, "openslide", None)
+    assert run(tmp_path / "in") == 2
+    assert 'slides take more packages: pip install "stainnorm-transform[slides]"' in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--out", ""], "got an empty name"),
+        (["--quality", "0"], "expected a JPEG quality from 1 to 100, got 0"),
+        (["--threads", "0"], "expected a number of 1 or more, got '0'"),
+        (["--quality", "80", "--lossless"], "not allowed with argument"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(trained, tmp_path, capsys, options, message):
+    save(tmp_path / "a.png")
+    arguments = ["normalize", str(tmp_path / "a.png"), "--out", str(tmp_path / "out"), "--weights", str(trained)]
+    try:
+        status = main([*arguments, *options])
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_progress_shows_pixels_a_second_and_the_time_left(trained, tmp_path):
+    path = make_slide(tmp_path / "in/a.svs", tissue(5000, 5000), compression="jpeg")
+    arguments = ["normalize", path, "--weights", trained, "--out", tmp_path / "out", "--threads", "1"]
+    lines = [line.replace("\x1b[A", "") for line in in_a_terminal(arguments, 100)]  # one line up
+    bar = re.compile(r"a\.svs: +\d+%.*[\d.]+M/25\.0M \[\d+:\d\d<\d+:\d\d, +[\d.]+Mpx/s\]")
+    assert any(bar.search(line) for line in lines)
+    assert max(map(len, lines)) <= 100
+
+
+def test_an_overview_shows_slides(run, tmp_path):
+    make_slide(tmp_path / "in/a.svs", tissue(600, 900))
+    assert run(tmp_path / "in", options=["--overview"]) == 0
+    with Image.open(tmp_path / "out/overview.png") as sheet:
+        assert sheet.width > 500
+        # Both halves show tissue.
+        pixels = np.asarray(sheet.convert("RGB")).astype(int)
+    for half in (pixels[60:180, 10:250], pixels[60:180, 280:500]):
+        assert half.std() > 15

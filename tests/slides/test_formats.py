@@ -1,0 +1,155 @@
+"""Which files are slides, and what is refused."""
+
+import os
+import sys
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+from synthetic import make_slide, tissue, write_ome
+
+from stainnorm_transform.slides import Slide, formats, is_slide
+from stainnorm_transform.slides.formats import without_parts
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.write_bytes(b"abc"), "not a slide of a format that OpenSlide reads"),
+        (lambda path: Image.new("RGB", (50, 50)).save(path, "PNG"), "not a slide of a format"),
+        (
+            lambda path: tifffile.imwrite(path, np.zeros((256, 256), np.uint8), tile=(64, 64)),
+            "8-bit RGB, got 8 bits and 1 channel a page",
+        ),
+        (
+            lambda path: tifffile.imwrite(path, np.zeros((256, 256, 3), np.uint16), tile=(64, 64), photometric="rgb"),
+            "8-bit RGB, got 16 bits and 3 channels a page",
+        ),
+        (lambda path: path.mkdir(), "expected a regular file"),
+        (lambda path: path.write_bytes(b""), "an empty file"),
+        (lambda path: tifffile.imwrite(path, tissue(300, 300), photometric="rgb"), "a TIFF that is not tiled"),
+        (
+            lambda path: tifffile.imwrite(
+                path, tissue(64, 64).transpose(2, 0, 1).copy(), photometric="rgb", planarconfig="separate", ome=True
+            ),
+            "side by side, got separate planes",
+        ),
+    ],
+)
+def test_what_is_no_slide_is_named(tmp_path, make, message):
+    path = tmp_path / "a.svs"
+    make(path)
+    with pytest.raises(ValueError, match=message):
+        Slide(path)
+
+
+@pytest.mark.parametrize("tag", ["TileWidth", "TileLength"])
+def test_absurd_tiles_are_refused_before_memory_is_asked_for(tmp_path, tag):
+    """OpenSlide would end the process."""
+    path = make_slide(tmp_path / "a.svs", tissue(300, 300))
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        tiff.pages[0].tags[tag].overwrite((1 << 19) + 128)
+    with pytest.raises(ValueError, match="a damaged TIFF, with a tile of"):
+        Slide(path)
+
+
+def test_a_missing_file_is_an_os_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        Slide(tmp_path / "a.svs")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda path: write_ome(path, tissue(200, 200), tissue(600, 600)),
+            "one scan, and first, got 2 images",
+        ),
+        (
+            lambda path: write_ome(path, tissue(600, 600), tissue(500, 500)),
+            "one scan, and first, got 2 images",
+        ),
+        (
+            lambda path: tifffile.imwrite(
+                path, np.zeros((300, 300, 4), np.uint8), tile=(64, 64), photometric="separated"
+            ),
+            "expected RGB, got color model SEPARATED",
+        ),
+        (
+            lambda path: tifffile.imwrite(
+                path, np.stack([tissue(300, 300)] * 3), tile=(128, 128), photometric="rgb", ome=False
+            ),
+            "3 pages, of which only one would be kept",
+        ),
+        (lambda path: write_ome(path, np.stack([tissue(300, 300)] * 3), metadata={"axes": "ZYXS"}), "got axes ZYXS"),
+    ],
+)
+def test_what_would_be_lost_is_refused(tmp_path, make, message):
+    make(tmp_path / "a.ome.tif")
+    with pytest.raises(ValueError, match=message):
+        Slide(tmp_path / "a.ome.tif")
+
+
+def test_a_slide_without_the_packages_says_what_to_install(slide_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openslide", None)
+    with pytest.raises(ImportError, match=r'pip install "stainnorm-transform\[slides\]"'):
+        Slide(slide_path)
+
+
+def test_tiffs_are_slides_if_tiled_and_of_several_pages_or_large(tmp_path, slide_path):
+    pixels = tissue(256, 256)
+    options = {"photometric": "rgb", "metadata": None}
+    tifffile.imwrite(tmp_path / "plain.tif", pixels, **options)
+    tifffile.imwrite(tmp_path / "tiled.tif", pixels, tile=(64, 64), **options)
+    tifffile.imwrite(tmp_path / "pages.tif", np.stack([pixels] * 2), **options)
+    tifffile.imwrite(tmp_path / "large.tif", shape=(8192, 8192, 3), dtype=np.uint8, tile=(256, 256), **options)
+    with tifffile.TiffWriter(tmp_path / "levels.tif") as file:
+        file.write(pixels, tile=(64, 64), subifds=1, **options)
+        file.write(pixels[:128, :128], tile=(64, 64), subfiletype=1, **options)
+    (tmp_path / "damaged.tif").write_bytes(b"II*\0\xff\xff\xff\xff")
+    slide_path.with_suffix(".tiff").write_bytes(slide_path.read_bytes())
+    found = {path.name: is_slide(path) for path in tmp_path.iterdir()}
+    assert found == {
+        "plain.tif": False,
+        "tiled.tif": False,
+        "pages.tif": False,
+        "damaged.tif": False,
+        "large.tif": True,
+        "levels.tif": True,
+    }
+    assert is_slide(slide_path.with_suffix(".tiff"))
+    assert is_slide(slide_path)
+    assert not is_slide(tmp_path / "gone.tif")
+    assert not is_slide(tmp_path / "a.png")
+
+
+def test_pipes_are_no_slides(tmp_path):
+    for name in ("a.tif", "b.vms"):
+        os.mkfifo(tmp_path / name)
+    assert not is_slide(tmp_path / "a.tif")
+    assert len(without_parts(sorted(tmp_path.iterdir()))) == 2
+
+
+def test_files_of_one_dicom_slide_are_one(tmp_path, monkeypatch):
+    class Fake:
+        def __init__(self, path):
+            if path.stem == "none":
+                raise ValueError("no slide")
+            self.properties = {"dicom.SeriesInstanceUID": path.stem[0]}
+
+        __enter__ = lambda self: self  # noqa: E731
+        __exit__ = lambda self, *_: None  # noqa: E731
+
+    monkeypatch.setattr(formats, "open_reader", lambda path: (Fake(path), formats.Tiff()))
+    paths = [tmp_path / name for name in ("x/a1.dcm", "x/a2.dcm", "x/b1.dcm", "x/none.dcm", "y/a1.dcm")]
+    assert without_parts(paths) == [paths[0], *paths[2:]]
+
+
+def test_parts_of_a_slide_are_no_images_of_their_own(tmp_path):
+    (tmp_path / "odd.vms").write_text("ImageFile=..\nMapFile=.\nx=\ny=a/b\n=\n")
+    for name in ("a(1,0).jpg", "a_map.jpg", "b.jpg"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "a.vms").write_text("[Virtual Microscope Specimen]\nImageFile(1,0)=a(1,0).jpg\nMapFile=a_map.jpg\n")
+    found = without_parts(sorted(tmp_path.iterdir()))
+    assert [path.name for path in found] == ["a.vms", "b.jpg", "odd.vms"]

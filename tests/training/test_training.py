@@ -1,0 +1,263 @@
+import pytest
+import safetensors.torch
+import torch
+from kornia.color import rgb_to_lab
+from render_tiles import render_tile
+from torch.utils.data import DataLoader
+
+from stainnorm_transform import ColorNormNet, NormalizeStain, TrainConfig, train
+from stainnorm_transform.color import shift_ab
+from stainnorm_transform.estimate import tissue_weight
+from stainnorm_transform.training import offset_errors
+from stainnorm_transform.training.crops import Batch
+from stainnorm_transform.training.loop import offset_loss, warmup_cosine
+
+SHORT = TrainConfig(iterations=4, batch_size=4, crop=32, scales=(1.0, 2.0), report_every=2)
+TILES = [render_tile(seed, 64) for seed in range(3)]
+
+
+class Constant(ColorNormNet):
+    """Predicts the same offset everywhere."""
+
+    def __init__(self, *offset):
+        super().__init__()
+        self.register_buffer("constant", torch.tensor(offset).view(3, 1, 1))
+
+    def forward(self, lab):
+        return self.constant.expand_as(lab)
+
+
+def test_loss_is_l1_plus_lambda_l2_of_map_and_mean():
+    crops = torch.stack([render_tile(seed) for seed in range(3)]) / 255
+    batch = Batch(crops, tissue_weight(rgb_to_lab(crops)), torch.tensor([[5.0, -7.0]] * 3), torch.ones(3, 2))
+    right = offset_loss(Constant(0.0, 5.0, -7.0), batch, TrainConfig())
+    assert right.item() == pytest.approx(0, abs=1e-4)
+    wrong = offset_loss(Constant(1.0, 5.0, -3.0), batch, TrainConfig(l2_weight=0.5))
+    # Errors (1, 0, 4) everywhere: L1 + 0.5 L2 is 1.5 and 12, averaged over channels, for the map and for its mean.
+    assert wrong.item() == pytest.approx(2 * (1.5 + 12) / 3, rel=1e-4)
+
+
+def test_offset_errors_are_estimated_minus_true_offsets():
+    images = [render_tile(seed) for seed in range(2)]
+    errors = offset_errors(Constant(0.0, 1.0, 2.0).eval(), images, max_offset=20, draws=100)
+    assert errors.shape == (2, 100, 2)
+    assert errors.std(dim=1).mean().item() == pytest.approx(20 / 3**0.5, rel=0.15)
+    assert ((errors - torch.tensor([1.0, 2.0])).abs() <= 20 + 1e-4).all()
+    frozen = NormalizeStain(Constant(0.0, 1.0, 2.0)).network
+    assert torch.equal(errors, offset_errors(frozen, images, max_offset=20, draws=100))
+
+
+def test_training_learns_the_offset():
+    reports = []
+    tiles = [render_tile(seed) for seed in range(4)]
+    config = TrainConfig(iterations=200, batch_size=8, crop=32, scales=(1.0, 1.0), report_every=100)
+    network = train(tiles, config, held_out=[render_tile(9)], report=reports.append)
+    assert [report.iteration for report in reports] == list(range(1, 201))
+    assert [report.iteration for report in reports if report.measured] == [100, 200]
+    assert reports[98].held_out_error is None
+    assert reports[198].held_out_error == reports[99].held_out_error != reports[199].held_out_error
+    # Offsets of up to 30 are 15 off on average when nothing is learned.
+    assert max(reports[-1].held_out_error) < 8
+    normalize = NormalizeStain(network)
+    tile = render_tile(10)
+    shifted = shift_ab(tile, torch.tensor([15.0, 15.0]))
+    moved = (normalize.estimate_offset(shifted) - normalize.estimate_offset(tile))[1:]
+    assert moved.min() > 5
+
+
+def test_the_same_seed_gives_the_same_network():
+    tiles = [render_tile(0), render_tile(1, 100) / 255]
+    first, second = (train(tiles, SHORT, report=lambda _: None).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other = train(tiles, TrainConfig(**{**vars(SHORT), "seed": 1}), report=lambda _: None).state_dict()
+    assert not torch.equal(first["stem.weight"], other["stem.weight"])
+
+
+def test_returns_a_frozen_network_and_prints_progress(capsys):
+    network = train([render_tile()], SHORT, held_out=[render_tile(1)])
+    assert not network.training
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert lines[1].startswith("iteration 4: loss ")
+    assert "held-out error a* " in lines[1]
+
+
+def interrupted_at(iteration):
+    def report(report):
+        if report.iteration == iteration:
+            raise KeyboardInterrupt
+
+    return report
+
+
+@pytest.mark.parametrize("iteration", [1, 5, 8, 11])
+def test_a_run_interrupted_anywhere_ends_as_if_it_had_not_been(tmp_path, iteration):
+    config = TrainConfig(**{**vars(SHORT), "iterations": 12, "report_every": 4})
+    expected = train(TILES, config, report=lambda _: None).state_dict()
+    checkpoint = tmp_path / "run.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        train(TILES, config, checkpoint=checkpoint, report=interrupted_at(iteration))
+    reports = []
+    state = train(TILES, config, checkpoint=checkpoint, report=reports.append).state_dict()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    # The report of a measurement comes after its checkpoint; only what followed is repeated.
+    assert reports[0].iteration == iteration // 4 * 4 + 1
+    reports.clear()
+    again = train(TILES, config, checkpoint=checkpoint, report=reports.append).state_dict()
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+    assert reports == []
+
+
+def test_a_checkpoint_of_another_run_or_half_of_one_is_refused(tmp_path):
+    checkpoint = tmp_path / "run.safetensors"
+    train(TILES, SHORT, checkpoint=checkpoint, report=lambda _: None)
+    whole = checkpoint.read_bytes()
+    with pytest.raises(ValueError, match=r"other settings \(learning_rate 0\.01, now 0\.1, seed 0, now 3\)"):
+        train(TILES, TrainConfig(**{**vars(SHORT), "seed": 3, "learning_rate": 0.1}), checkpoint=checkpoint)
+    # Fewer iterations than it has done are another setting, not a damaged file.
+    with pytest.raises(ValueError, match=r"other settings \(iterations \d+, now 1\)"):
+        train(TILES, TrainConfig(**{**vars(SHORT), "iterations": 1}), checkpoint=checkpoint)
+    with pytest.raises(ValueError, match="the run had other images, or the same in another order"):
+        train([render_tile(7, 64)], SHORT, checkpoint=checkpoint)
+    assert checkpoint.read_bytes() == whole
+    for size in [0, 1, 8, 100, len(whole) // 2, len(whole) - 1]:
+        checkpoint.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="expected the checkpoint of a training run"):
+            train(TILES, SHORT, checkpoint=checkpoint)
+    safetensors.torch.save_file({"metadata": torch.zeros(1)}, checkpoint)
+    with pytest.raises(ValueError, match="expected the checkpoint of a training run"):
+        train(TILES, SHORT, checkpoint=checkpoint)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_noticed_before_training(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        train(TILES, SHORT, checkpoint=tmp_path / "missing" / "run.safetensors", report=interrupted_at(1))
+
+
+@pytest.mark.parametrize("changed", range(3))
+def test_one_image_that_changed_is_noticed(tmp_path, changed):
+    config = TrainConfig(**{**vars(SHORT), "iterations": 16})
+    train(TILES, config, checkpoint=tmp_path / "run", report=lambda _: None)
+    others = [render_tile(7, 64) if number == changed else tile for number, tile in enumerate(TILES)]
+    with pytest.raises(ValueError, match="the run had other images"):
+        train(others, config, checkpoint=tmp_path / "run")
+    with pytest.raises(ValueError, match="the run had other images"):
+        train([*TILES, TILES[0]], config, checkpoint=tmp_path / "run")
+
+
+def test_an_iterable_is_resumed_where_it_stopped(tmp_path):
+    loader = DataLoader(TILES, batch_size=2)
+    expected = train(loader, SHORT, report=lambda _: None).state_dict()
+    with pytest.raises(KeyboardInterrupt):
+        train(loader, SHORT, checkpoint=tmp_path / "run", report=interrupted_at(3))
+    state = train(loader, SHORT, checkpoint=tmp_path / "run", report=lambda _: None).state_dict()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    shuffled = DataLoader(TILES, batch_size=2, shuffle=True, generator=torch.Generator().manual_seed(4))
+    with pytest.raises(ValueError, match="the same in another order"):
+        train(shuffled, SHORT, checkpoint=tmp_path / "run")
+
+
+def test_held_out_images_of_any_kind():
+    errors = []
+    for held_out in (TILES[:2], [(tile, 1) for tile in TILES[:2]], DataLoader(TILES[:2], batch_size=2)):
+        train(TILES[2:], SHORT, held_out=held_out, report=lambda report: errors.append(report.held_out_error))
+    assert errors[:4] == errors[4:8] == errors[8:]
+    white = torch.full((3, 64, 64), 255, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="held-out images with tissue, got one without"):
+        train(TILES, SHORT, held_out=[TILES[0], white])
+    with pytest.raises(ValueError, match="at least one image, got none"):
+        offset_errors(ColorNormNet(), [])
+
+
+def test_the_number_of_workers_does_not_change_the_network():
+    states = [train(TILES, SHORT, workers=workers, report=lambda _: None).state_dict() for workers in (0, 2)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_paper_recipe_shifts_white_as_well():
+    batch = Batch(torch.ones(1, 3, 16, 16), torch.ones(1, 1, 16, 16), torch.tensor([[10.0, 10.0]]), torch.ones(1, 2))
+    for preserve_white, moved in ((True, False), (False, True)):
+        lab = seen_by_the_network(batch, TrainConfig(preserve_white=preserve_white))
+        assert (lab[:, 1:].abs().max() > 0.1) == moved
+
+
+@pytest.mark.parametrize("preserve_white", [True, False])
+def test_jitter_changes_darkness_and_contrast_but_not_the_mean_color_of_the_tissue(preserve_white):
+    config = TrainConfig(preserve_white=preserve_white)
+    crops = torch.stack([render_tile(seed) for seed in range(2)]) / 255
+    weight = tissue_weight(rgb_to_lab(crops))
+    offset = torch.zeros(2, 2)
+    before = seen_by_the_network(Batch(crops, weight, offset, torch.ones(2, 2)), config)
+    after = seen_by_the_network(Batch(crops, weight, offset, torch.tensor([[1.5, 0.8], [0.7, 1.25]])), config)
+    torch.testing.assert_close(before, rgb_to_lab(crops), atol=1e-3, rtol=0)
+    darkness = torch.tensor([0.8, 1.25]).view(2, 1, 1) * (100 - before[:, 0])
+    torch.testing.assert_close(100 - after[:, 0], darkness.clamp(max=100), atol=1e-3, rtol=0)
+    tissue = weight.expand(-1, 2, -1, -1)
+    means = [(tissue * lab[:, 1:]).sum(dim=(-1, -2)) / tissue.sum(dim=(-1, -2)) for lab in (before, after)]
+    torch.testing.assert_close(*means, atol=1e-3, rtol=0)
+    spreads = [lab[:, 1:].amax(dim=(-1, -2)) - lab[:, 1:].amin(dim=(-1, -2)) for lab in (before, after)]
+    assert (spreads[1][0] > spreads[0][0]).all()
+    assert (spreads[1][1] < spreads[0][1]).all()
+
+
+def seen_by_the_network(batch, config):
+    seen = []
+    network = ColorNormNet()
+    network.stem.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    offset_loss(network, batch, config)
+    return seen[0] * network.lab_scale + network.lab_shift
+
+
+def test_workers_cannot_be_fewer_than_none():
+    with pytest.raises(ValueError, match="workers >= 0, got -1"):
+        train(TILES, SHORT, workers=-1)
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 10])
+def test_any_number_of_iterations_and_the_callers_generator(iterations):
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    train([render_tile()], TrainConfig(iterations=iterations, batch_size=2, crop=32), report=lambda _: None)
+    assert torch.rand(1) == expected
+
+
+def test_schedule_warms_up_and_ends_at_zero():
+    shares = [warmup_cosine(step / 100) for step in range(101)]
+    assert shares[0] == 0.01
+    assert 0.9 < max(shares) <= 1
+    assert shares.index(max(shares)) == 10
+    assert shares[10:] == sorted(shares[10:], reverse=True)
+    assert shares[-1] == 0
+
+
+def test_loss_that_is_not_finite_stops_the_run():
+    with pytest.raises(ValueError, match=r"the loss is (nan|inf) at iteration"):
+        train([render_tile()], TrainConfig(iterations=50, batch_size=2, crop=32, learning_rate=1e30))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"iterations": 0}, "iterations >= 1, got 0"),
+        ({"batch_size": 0}, "batch_size >= 1"),
+        ({"scales": (0.5, 2)}, r"scales \(low, high\)"),
+        ({"scales": (4, 2)}, r"got \(4, 2\)"),
+        ({"scales": (1, 2, 3)}, r"got \(1, 2, 3\)"),
+        ({"max_offset": float("nan")}, "finite max_offset > 0, got nan"),
+        ({"learning_rate": 0}, "finite learning_rate > 0"),
+        ({"min_tissue": 2}, "0 < min_tissue <= 1"),
+        ({"l2_weight": -1}, "l2_weight >= 0, got -1"),
+        ({"darkness_jitter": -1}, "0 <= darkness_jitter <= 2, got -1"),
+        ({"contrast_jitter": float("inf")}, "0 <= contrast_jitter <= 2, got inf"),
+        ({"seed": -1}, "seed from 0 to .*, got -1"),
+        ({"seed": 2**63}, "seed from 0 to"),
+        ({"iterations": 2.5}, "a whole number iterations >= 1, got 2.5"),
+        ({"preserve_white": "no"}, "preserve_white True or False, got 'no'"),
+        ({"scales": (1, float("inf"))}, r"got \(1, inf\)"),
+    ],
+)
+def test_bad_config(fields, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**fields)
