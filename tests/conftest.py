@@ -14,10 +14,13 @@ from stainnorm_transform import ColorNormNet, NormalizeStain, TrainConfig, files
 from stainnorm_transform.cli.main import main
 from stainnorm_transform.resources import cores
 
-# Each worker of pytest-xdist has its share of the cores; OMP_NUM_THREADS gives another number.
-if "OMP_NUM_THREADS" not in os.environ:
-    torch.set_num_threads(max(1, cores() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
-    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+
+def pytest_configure(config):
+    """Gives each worker of pytest-xdist its share of the cores: more threads than cores wait for each other."""
+    workers = config.getoption("numprocesses", None)
+    if workers:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // workers)))
+
 
 settings.register_profile("fuzz", max_examples=5000, derandomize=False)
 

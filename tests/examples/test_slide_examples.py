@@ -8,6 +8,8 @@ import pytest
 import slide_resnet
 import slide_sample
 import torch
+from synthetic import make_slide as make_slide_file
+from synthetic import tissue
 from torchvision.transforms import v2
 
 from stainnorm_transform import NormalizeStain
@@ -63,7 +65,8 @@ def test_the_benchmark_measures_all_it_names(mosaic, monkeypatch, capsys):
         assert float(row.split("|")[2].split()[0]) > 0
 
 
-def test_a_model_over_a_slide(slide_path):
+def test_a_model_over_a_slide(tmp_path):
+    slide_path = make_slide_file(tmp_path / "a.svs", tissue(1100, 1500))
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 2))
     x, y, logits = (torch.cat(column) for column in zip(*slide_resnet.predict(slide_path, model, "cpu"), strict=True))

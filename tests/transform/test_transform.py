@@ -160,6 +160,7 @@ class PilTiles(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize("version", [v1, v2])
+@pytest.mark.filterwarnings("ignore:The transform `ToTensor:UserWarning")  # of v2, and still in wide use
 def test_in_compose_on_pil_images_in_a_data_loader(random_normalize, version):
     compose = version.Compose([random_normalize, version.ToTensor()])
     loader = DataLoader(PilTiles(compose), batch_size=2, num_workers=2)
