@@ -17,7 +17,7 @@ import onnxruntime
 import torch
 from render_tiles import render_tile
 from torch import Tensor, nn
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 from torchvision.models import resnet50
 
 from stainnorm_transform import NormalizeStain, weights
@@ -50,10 +50,7 @@ def deploy(model: nn.Module, folder: Path, aoti: bool = False) -> dict[Path, Cal
 
     Writes model.pt2, model.onnx and model_aoti.pt2; returns each with a function that runs what was read back.
     """
-    example = torch.rand(EXAMPLE)
-    sizes = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
-    program = torch.export.export(model, (example,), dynamic_shapes=(sizes,), strict=False)
-
+    program = export(model)
     torch.export.save(program, folder / "model.pt2")
     exported = torch.export.load(folder / "model.pt2").module()
 
@@ -73,6 +70,12 @@ def deploy(model: nn.Module, folder: Path, aoti: bool = False) -> dict[Path, Cal
         compiled = torch._inductor.aoti_load_package(str(path))
         written[path] = lambda image: compiled(image.contiguous())
     return written
+
+
+def export(model: nn.Module) -> ExportedProgram:
+    """The program of a model, for any batch, height and width."""
+    sizes = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    return torch.export.export(model, (torch.rand(EXAMPLE),), dynamic_shapes=(sizes,), strict=False)
 
 
 @torch.no_grad()

@@ -21,7 +21,15 @@ def alone():
 
 
 @needs_exporters
-@pytest.mark.parametrize("make", [pytest.param(alone, marks=pytest.mark.slow), before_a_model])
+@pytest.mark.filterwarnings("ignore")
+def test_an_exported_program_does_the_same_at_any_size():
+    model = before_a_model().eval()
+    assert deploy.difference(model, deploy.export(model).module()) < 1e-4
+
+
+@needs_exporters
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [alone, before_a_model])
 @pytest.mark.filterwarnings("ignore")
 def test_exported_files_do_the_same_at_any_size(make, tmp_path):
     model = make().eval()

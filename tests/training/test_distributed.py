@@ -47,6 +47,12 @@ def one_process(rank, folder, stop=0):
     dist.destroy_process_group()
 
 
+def in_two_processes(*arguments):
+    # A fork starts at once, but CUDA and the threads of its gradients do not survive one.
+    method = "spawn" if torch.cuda.is_available() else "fork"
+    torch.multiprocessing.start_processes(one_process, arguments, nprocs=2, start_method=method)
+
+
 def results(folder):
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
@@ -55,7 +61,7 @@ def results(folder):
 def by_two(tmp_path_factory):
     """The folder of a run of two processes."""
     folder = tmp_path_factory.mktemp("two")
-    torch.multiprocessing.spawn(one_process, (folder,), nprocs=2)
+    in_two_processes(folder)
     return folder
 
 
@@ -119,6 +125,7 @@ def test_a_batch_that_cannot_be_shared(tmp_path, monkeypatch):
 
 
 @needs_gloo
+@pytest.mark.slow
 def test_torchrun_writes_and_prints_once(tmp_path):
     out = tmp_path / "lab.safetensors"
     stainnorm = Path(sys.executable).with_name("stainnorm")
@@ -137,9 +144,9 @@ def test_torchrun_writes_and_prints_once(tmp_path):
 def test_two_processes_go_on_where_two_stopped(tmp_path, by_two):
     """To the bit: the same operations in the same order, on the same machine and one thread each."""
     with pytest.raises(ProcessRaisedException, match="stopped at 4"):
-        torch.multiprocessing.spawn(one_process, (tmp_path, 4), nprocs=2)
+        in_two_processes(tmp_path, 4)
     (tmp_path / "meeting").unlink(missing_ok=True)
-    torch.multiprocessing.spawn(one_process, (tmp_path,), nprocs=2)
+    in_two_processes(tmp_path)
     first, second = results(tmp_path)
     assert len(first["losses"]) == 2
     for name, value in results(by_two)[0]["state"].items():
