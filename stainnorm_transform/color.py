@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 with warnings.catch_warnings():
     # kornia makes TorchScript functions as it is imported, of which newer versions of torch warn.
     warnings.simplefilter("ignore", FutureWarning)
-    from kornia.color import rgb_to_lab as rgb_to_lab
+    from kornia.color import rgb_to_lab as _kornia_rgb_to_lab
 
 # Linear sRGB -> CIE XYZ (ITU-R BT.709 primaries) and the D65 white point, rounded as in kornia and scikit-image: an
 # offset estimated in their Lab is then exactly that offset here. White as the row sums differs by up to 2e-4 in RGB.
@@ -101,7 +101,7 @@ def shift_ab(image: Tensor, offset: Tensor, preserve_white: bool = True) -> Tens
     else:
         moved = one_by_one(functools.partial(_at_once, preserve_white=preserve_white), image, offset)
     # vmap cannot write to what it does not map.
-    if moved.stride() == image.stride() or not (torch.compiler.is_compiling() or _is_plain(image, offset)):
+    if moved.stride() == image.stride() or (not torch.compiler.is_compiling() and _is_wrapped(image, offset)):
         return moved
     return torch.empty_like(image).copy_(moved)
 
@@ -155,6 +155,15 @@ def _in_one_kernel(image: Tensor, offset: Tensor, preserve_white: bool) -> Tenso
         _kernel = _at_once
         warnings.warn(f"shift_ab is slower than it could be, as it cannot be compiled: {problem}", stacklevel=3)
         return _at_once(image, offset, preserve_white)
+
+
+def rgb_to_lab(image: Tensor) -> Tensor:
+    """CIELAB (D65, 2 degree observer) of floating point sRGB in [0, 1]: (..., 3, H, W) to the same shape.
+
+    It is kornia's, whatever autocast says. L* is in [0, 100]; a* and b* are in about [-128, 127].
+    """
+    with torch.autocast(image.device.type, enabled=False):
+        return _kornia_rgb_to_lab(image)
 
 
 def shift_table(offset: Tensor, preserve_white: bool = True) -> Tensor:
@@ -258,13 +267,19 @@ def _is_eager(*tensors: Tensor) -> bool:
 
 def _is_plain(*tensors: Tensor) -> bool:
     """Whether tensors are memory, not stand-ins: those of ``torch.func``, dual numbers, fake tensors."""
-    try:
-        # Those of torch.func have no storage, and that of a fake tensor is on no device.
-        if any(tensor.untyped_storage().device != tensor.device for tensor in tensors):
-            return False
-    except RuntimeError:
+    if _is_wrapped(*tensors) or any(tensor.untyped_storage().device != tensor.device for tensor in tensors):
         return False
     return all(forward_ad.unpack_dual(tensor).tangent is None for tensor in tensors)  # type: ignore[no-untyped-call]
+
+
+def _is_wrapped(*tensors: Tensor) -> bool:
+    """Whether one is a tensor of ``torch.func``, which has no memory of its own."""
+    try:
+        for tensor in tensors:
+            tensor.untyped_storage().data_ptr()
+    except RuntimeError:
+        return True
+    return False
 
 
 def shift_batch(image: Tensor, offset: Tensor, preserve_white: bool, scratch: Tensor | None = None) -> Tensor:

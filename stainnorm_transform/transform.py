@@ -191,7 +191,7 @@ class NormalizeStain(_ImageTransform):
 
     def _table_for(self, image: Tensor) -> Tensor | None:
         """The table of all colors for a fixed offset, made once as many pixels have come as it has entries."""
-        if self.offset is None or image.dtype != torch.uint8 or not eager_on_cpu(image):
+        if self.offset is None or image.dtype != torch.uint8 or not eager_on_cpu(image, self.offset):
             return None
         key = (*self.offset.tolist(), self.preserve_white)
         if key != self._table_key:

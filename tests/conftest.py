@@ -90,7 +90,7 @@ def small_disk(tmp_path):
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)]
     if subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("a small file system can be mounted by root only")
+        pytest.skip("run as root: a small file system is mounted")
 
     def remount(options):
         subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)

@@ -124,7 +124,7 @@ def run(options: argparse.Namespace) -> int:
     reserved = [OVERVIEW] * options.overview + [MANIFEST] * options.ray
     plan = make_plan(_settings(options), options.inputs, reserved)
     if options.ray:
-        check_manifest(options.out)
+        check_manifest(plan.normalizer.settings.out)
     options.out.mkdir(parents=True, exist_ok=True)
     for folder in {output.parent for output in plan.outputs.values()}:
         remove_leftovers(folder)
@@ -136,8 +136,8 @@ def run(options: argparse.Namespace) -> int:
             _report(plan, outcomes, options.out)
             if options.ray:
                 write_manifest(plan.normalizer.settings.out, plan.outputs, outcomes)
-    if options.overview:
-        good = {path: output for path, output in plan.outputs.items() if not outcomes[path].error}
+    good = {path: output for path, output in plan.outputs.items() if not outcomes[path].error}
+    if options.overview and good:
         plan.normalizer.record.reread()
         overview.write(good, plan.normalizer.record, plan.normalizer.settings.out / OVERVIEW)
     return 1 if any(outcome.error for outcome in outcomes.values()) else 0
@@ -159,11 +159,10 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 def _carry_out(plan: Plan, outcomes: dict[Path, Outcome], again: bool, by_ray: bool) -> None:
     """Adds the outcome of each file as it ends. Raises OSError where every other file would fail as well."""
-    work, known = plan.unfinished(again)
-    outcomes |= known
+    work = plan.unfinished(again, outcomes)
     results = normalize_by_ray(plan.normalizer.settings, work, again) if by_ray else _one_by_one(plan.normalizer, work)
     with contextlib.closing(results):
-        for path, outcome in tqdm(results, total=len(plan.outputs), initial=len(known), unit="file", disable=None):
+        for path, outcome in tqdm(results, total=len(plan.outputs), initial=len(outcomes), unit="file", disable=None):
             if outcome.number in FULL:
                 go_on = "" if again else "; the same command goes on from here"
                 raise OSError(f"{outcome.error}: stopped; what was finished is kept{go_on}")

@@ -1,4 +1,4 @@
-"""Image files: finding, reading and writing them, and the contact sheet."""
+"""Image files: reading and writing them, and a dataset of them."""
 
 from __future__ import annotations
 

@@ -27,13 +27,14 @@ class Plan:
     normalizer: FileNormalizer
     outputs: dict[Path, Path]
 
-    def unfinished(self, again: bool) -> tuple[dict[Path, Path], dict[Path, Outcome]]:
-        """The files that are to be done, with their outputs, and the outcomes of those that are not.
+    def unfinished(self, again: bool, outcomes: dict[Path, Outcome]) -> dict[Path, Path]:
+        """The files that are to be done, with their outputs.
 
         Args:
             again: whether finished files are done again.
+            outcomes: gets those of the files that are finished, or cannot be done.
         """
-        work, outcomes = {}, {}
+        work = {}
         for path, output in self.outputs.items():
             try:
                 if again or not self.normalizer.is_current(path, output):
@@ -42,7 +43,7 @@ class Plan:
                     outcomes[path] = Outcome(earlier=True)
             except Exception as error:
                 outcomes[path] = Outcome.of(error, path)
-        return work, outcomes
+        return work
 
 
 def make_plan(settings: Settings, inputs: Sequence[Path], reserved: Sequence[str] = ()) -> Plan:

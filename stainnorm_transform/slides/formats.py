@@ -145,7 +145,8 @@ def _check_tiff(tifffile: Any, path: Path) -> Tiff:
             raise ValueError("a damaged or truncated TIFF, in which no image is found")
         for page in pages:
             if page.is_tiled and page.tilewidth * page.tilelength > _TILE_PIXELS:
-                raise ValueError(f"a damaged TIFF, with a tile of {page.tilewidth} x {page.tilelength} pixels")
+                size = f"{page.tilewidth} x {page.tilelength}"
+                raise ValueError(f"expected tiles of at most {_TILE_PIXELS} pixels, got {size}")
         page = max(pages, key=lambda page: page.imagelength * page.imagewidth)
         channels, bits = page.samplesperpixel, page.bitspersample
         if channels not in (3, 4) or bits != 8:

@@ -60,9 +60,11 @@ def test_memory_is_that_of_the_result_for_a_copy(tmp_path):
     assert benchmark.peak_memory(case, options) == pytest.approx(3 * 2048**2 / 1e6, rel=0.2)
 
 
-@pytest.mark.parametrize("method", [name for name in benchmark.METHODS if benchmark.available(name)])
+def slow_if_compiled(method):
+    return pytest.param(method, marks=pytest.mark.slow) if "compiled" in method else method
+
+
+@pytest.mark.parametrize("method", [slow_if_compiled(name) for name in benchmark.METHODS if benchmark.available(name)])
 def test_every_method_runs(method, tmp_path):
-    if "compiled" in method:
-        pytest.skip("compiling takes most of a minute")
     with torch.no_grad():
         assert benchmark.Case("", method, 1, 64).call(tmp_path)() is not None

@@ -7,7 +7,7 @@ from torch import nn
 
 from stainnorm_transform import NormalizeStain
 
-needs_exporters = pytest.mark.skipif(torch.__version__ < "2.9", reason="the exporters of torch before 2.9 cannot do it")
+needs_exporters = pytest.mark.skipif(torch.__version__ < "2.9", reason="needs torch 2.9 or newer")
 
 
 def before_a_model():

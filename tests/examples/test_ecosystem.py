@@ -28,7 +28,7 @@ TO_FLOAT = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
 
 
 def needs(module: str) -> Any:
-    return pytest.importorskip(module, reason=f"{module} is not installed; it is only for its example")
+    return pytest.importorskip(module, reason=f'needs {module}: pip install -e ".[ecosystem]"')
 
 
 @pytest.fixture(scope="module")

@@ -215,7 +215,7 @@ def test_the_input_by_another_path_is_not_replaced(run, tmp_path, capsys):
     if subprocess.run(
         ["mount", "--bind", tmp_path / "in", tmp_path / "mounted"], capture_output=True, check=False
     ).returncode:
-        pytest.skip("a folder can be mounted by root only")
+        pytest.skip("run as root: a folder is mounted")
     try:
         assert run(path, out="mounted") == 2
         assert "is an input and would be overwritten" in capsys.readouterr().err
@@ -293,3 +293,11 @@ def test_names_beyond_the_encoding_of_the_terminal(start, tmp_path):
     done = start(path, out=os.fsencode(tmp_path) + b"/\xff\xc3\xbc", encoding="ascii")()
     assert (done.status, done.err) == (0, "")
     assert "1 of 1 images normalized to 'test'" in done.out
+
+
+def test_an_overview_of_nothing_is_none(run, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").write_bytes(b"x")
+    assert run(tmp_path / "in", options=["--overview"]) == 1
+    assert "0 of 1 images" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["offsets.csv"]

@@ -83,7 +83,7 @@ def test_iterable_datasets(normalize):
     assert torch.equal(torch.stack(list(loader)), expected)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs CUDA")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="run on a machine with a CUDA device")
 def test_pinned_batches_go_to_the_device(normalize):
     loader = DataLoader(Tiles(loading(normalize)), batch_size=4, num_workers=1, pin_memory=True)
     images, _ = next(iter(loader))
