@@ -1,6 +1,6 @@
 """Trains the shipped weights: a target for each center of CAMELYON17, and one by the paper's recipe.
 
-python examples/train_camelyon17.py --out weights
+python examples/train_camelyon17.py --out retrained
 
 Each network is trained on all images of its center. How wrong it is on images it has not seen is measured on networks
 trained without them: each image is left out in turn (three at a time for the paper's recipe).
@@ -56,8 +56,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, one core each (default: %(default)s)")
     options = parser.parse_args()
     for folder in filter(None, (options.out, options.keep_folds)):
-        if not folder.is_dir():
-            parser.error(f"{folder} is not a folder")
+        folder.mkdir(parents=True, exist_ok=True)
     if options.folds is not None and not (options.folds == 0 or 2 <= options.folds <= 6):
         parser.error(f"expected 0 or 2 to 6 folds, got {options.folds}")
 
