@@ -1,6 +1,6 @@
 """Damaged and hostile files: a clear error, the file left as it was, nothing half written, nothing run.
 
-For minutes of it: pytest tests/test_hostile.py --hypothesis-profile=fuzz --hypothesis-show-statistics
+For minutes of it: pytest tests/folders/test_hostile.py --hypothesis-profile=fuzz --hypothesis-show-statistics
 """
 
 import contextlib
