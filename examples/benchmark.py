@@ -8,6 +8,7 @@ CUDA where there is none, are left out.
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import multiprocessing
@@ -41,7 +42,7 @@ class Case:
     method: str
     images: int
     side: int
-    floating: bool = False
+    dtype: str = "uint8"
     device: str = "cpu"
 
     def call(self, data: Path) -> Call:
@@ -58,24 +59,35 @@ def picture(case: Case, data: Path) -> Tensor:
     tissue = tile.repeat(1, *repeats)[:, : case.side, : case.side].contiguous()
     if case.images > 1:
         tissue = torch.stack([tissue.roll(97 * number, dims=-1) for number in range(case.images)])
-    return (tissue / 255 if case.floating else tissue).to(case.device)
+    return (tissue if case.dtype == "uint8" else tissue / 255).to(case.device, getattr(torch, case.dtype))
 
 
 # --- Methods: each prepares an image and returns what is timed.
 
 
+@functools.cache
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compiled anew for each shape and dtype."""
+    return torch.compile(function, dynamic=False)
+
+
+@functools.cache
+def pretrained(device: str) -> NormalizeStain:
+    return NormalizeStain.pretrained().to(device)
+
+
 def ours(case: Case, image: Tensor) -> Call:
-    normalize = NormalizeStain.pretrained().to(case.device)
+    normalize = pretrained(case.device)
     return lambda: normalize(image)
 
 
 def ours_dense(case: Case, image: Tensor) -> Call:
-    normalize = NormalizeStain.pretrained().to(case.device)
+    normalize = pretrained(case.device)
     return lambda: shift_ab(image, -normalize.estimate_offset(image, dense=True)[..., 1:])
 
 
 def estimate(case: Case, image: Tensor) -> Call:
-    normalize = NormalizeStain.pretrained().to(case.device)
+    normalize = pretrained(case.device)
     return lambda: normalize.estimate_offset(image)
 
 
@@ -105,6 +117,16 @@ def kornia_shift(image: Tensor, offset: Tensor) -> Tensor:
     return moved if image.is_floating_point() else (255 * moved).round().to(torch.uint8)
 
 
+def ours_compiled(case: Case, image: Tensor) -> Call:
+    normalize = compiled(pretrained(case.device))
+    return lambda: normalize(image)
+
+
+def shift_compiled(case: Case, image: Tensor) -> Call:
+    offset = OFFSET.to(case.device)
+    return lambda: compiled(shift_ab)(image, offset)
+
+
 def kornia(case: Case, image: Tensor) -> Call:
     offset = OFFSET.to(case.device)
     return lambda: kornia_shift(image, offset)
@@ -112,8 +134,7 @@ def kornia(case: Case, image: Tensor) -> Call:
 
 def kornia_compiled(case: Case, image: Tensor) -> Call:
     offset = OFFSET.to(case.device)
-    compiled = torch.compile(kornia_shift)
-    return lambda: compiled(image, offset)
+    return lambda: compiled(kornia_shift)(image, offset)
 
 
 def opencv(case: Case, image: Tensor) -> Call:
@@ -148,18 +169,21 @@ def torchstain(name: str) -> Callable[[Case, Tensor], Call]:
         import torchstain
 
         normalizer = getattr(torchstain.normalizers, name)(backend="torch")
-        normalizer.fit(image.flip(-1).float())
+        images = image.reshape(-1, *image.shape[-3:])
+        normalizer.fit(images[0].flip(-1).float())
         arguments = {"stains": False} if name == "MacenkoNormalizer" else {}
-        return lambda: normalizer.normalize(image.float(), **arguments)
+        return lambda: [normalizer.normalize(image.float(), **arguments) for image in images]
 
     return make
 
 
 METHODS: dict[str, Callable[[Case, Tensor], Call]] = {
     "NormalizeStain": ours,
+    "NormalizeStain, compiled": ours_compiled,
     "NormalizeStain, dense estimate": ours_dense,
     "estimate alone": estimate,
     "shift": shift,
+    "shift, compiled": shift_compiled,
     "table": table,
     "making the table": making_the_table,
     "copy": copy,
@@ -173,6 +197,9 @@ METHODS: dict[str, Callable[[Case, Tensor], Call]] = {
     "Macenko (torchstain)": torchstain("MacenkoNormalizer"),
 }
 NEEDS = {"kornia": "kornia", "OpenCV": "cv2", "(tiatoolbox)": "tiatoolbox", "(torchstain)": "torchstain"}
+CUDA_METHODS = ("NormalizeStain", "NormalizeStain, compiled", "estimate alone", "shift", "shift, compiled", "copy")
+# torchstain's Reinhard works on the CPU alone.
+CUDA_PEERS = {"uint8": ("kornia", "Macenko (torchstain)"), "float32": ("kornia", "kornia, compiled"), "float16": ()}
 SLOW = ("Vahadane (tiatoolbox)", "NormalizeStain, dense estimate")
 SLOW_ROUNDS = 3
 
@@ -187,19 +214,21 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
     for images, side in ((32, 256), (4, 1024)):
         title = f"Shift by a given offset, float32, {images} x 3 x {side} x {side}"
         for method in ("shift", "kornia", "kornia, compiled"):
-            yield Case(title, method, images, side, floating=True)
-        yield Case(f"Whole normalizer, float32, {images} x 3 x {side} x {side}", "NormalizeStain", images, side, True)
+            yield Case(title, method, images, side, "float32")
+        yield Case(
+            f"Whole normalizer, float32, {images} x 3 x {side} x {side}", "NormalizeStain", images, side, "float32"
+        )
     for method in ("table", "shift", "copy", "making the table", "kornia", "OpenCV, 8-bit Lab"):
         yield Case("Shift by a given offset, one uint8 image of 4096 x 4096", method, 1, 4096)
     for side in (256, 1024, 4096, *((16384,) if options.large else ())):
         for method in ("NormalizeStain", "table"):
             yield Case(f"How cost grows, {method}, uint8", method, 1, side)
     if torch.cuda.is_available():
-        for floating in (False, True):
-            title = f"CUDA, {'float32' if floating else 'uint8'}, 32 x 3 x 1024 x 1024"
-            for method in ("NormalizeStain", "estimate alone", "shift", "copy", "kornia", "kornia, compiled"):
-                yield Case(title, method, 32, 1024, floating, "cuda")
-        yield Case("CUDA, dense estimate", "NormalizeStain, dense estimate", 32, 1024, True, "cuda")
+        for images, side in ((32, 256), (32, 1024), (64, 1024)):
+            for dtype, peers in CUDA_PEERS.items():
+                for method in (*CUDA_METHODS, *peers):
+                    yield Case(f"CUDA, {dtype}, {images} x 3 x {side} x {side}", method, images, side, dtype, "cuda")
+        yield Case("CUDA, dense estimate", "NormalizeStain, dense estimate", 32, 1024, "float32", "cuda")
 
 
 def main() -> None:
@@ -274,19 +303,23 @@ def measure(cases: list[Case], options: argparse.Namespace) -> list[dict[str, ob
 
 def peak_memory(case: Case, options: argparse.Namespace) -> float:
     """MB by which the memory of a new process, or that of the device, grows in the first call, at its peak."""
+    if case.device == "cuda":
+        return memory_of(case, options.data)
     context = multiprocessing.get_context("spawn")
     with context.Pool(1, initializer=quiet, initargs=(options.threads,)) as pool:
         return pool.apply(memory_of, (case, options.data))
 
 
 def memory_of(case: Case, data: Path) -> float:
-    replace(case, side=64).call(data)()  # libraries and their buffers
-    call = case.call(data)
     if case.device == "cuda":
+        call = case.call(data)
+        call()  # libraries and their buffers, kernels that are compiled
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
+    replace(case, side=64).call(data)()  # libraries and their buffers
+    call = case.call(data)
     if not Path("/proc/self/clear_refs").exists():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         call()
@@ -321,8 +354,8 @@ def print_table(title: str, rows: list[dict[str, object]]) -> None:
     for row in rows:
         low, high = row["ms_quartiles"]
         print(
-            f"| {row['side'] if growing else row['method']} | {row['ms']:.2f} ({low:.2f} to {high:.2f}) | "
-            f"{row['seconds_per_gigapixel']:.1f} | {row['peak_mb']:.0f} | {row['ratio']:.2f} |",
+            f"| {row['side'] if growing else row['method']} | {row['ms']:.3g} ({low:.3g} to {high:.3g}) | "
+            f"{row['seconds_per_gigapixel']:.3g} | {row['peak_mb']:.0f} | {row['ratio']:.2f} |",
             flush=True,
         )
 

@@ -7,10 +7,12 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
 with warnings.catch_warnings():
     # kornia makes TorchScript functions as it is imported, of which newer versions of torch warn.
@@ -51,6 +53,8 @@ TABLE_SIZE = 1 << 24
 
 # Rows are worked in strips of about this many pixels on the CPU, so that temporaries stay in cache.
 _STRIP_PIXELS = 1 << 17
+# On CUDA, so that temporaries stay small beside the images, and few enough kernels are started.
+_CUDA_STRIP_PIXELS = 1 << 22
 
 
 def shift_ab(image: Tensor, offset: Tensor, preserve_white: bool = True) -> Tensor:
@@ -96,10 +100,9 @@ def shift_ab(image: Tensor, offset: Tensor, preserve_white: bool = True) -> Tens
     tracked = torch.is_grad_enabled() and (image.requires_grad or offset.requires_grad)
     if eager_on_cpu(image, offset) and not tracked:
         return _in_pieces(image, offset, preserve_white)
-    if image.device.type == "cuda" and _is_eager(image, offset) and not tracked:
-        moved = _in_one_kernel(image, offset, preserve_white)
-    else:
-        moved = one_by_one(functools.partial(_at_once, preserve_white=preserve_white), image, offset)
+    if image.device.type == "cuda" and is_eager(image, offset) and not tracked:
+        return _in_strips(image, offset, preserve_white)
+    moved = one_by_one(functools.partial(_at_once, preserve_white=preserve_white), image, offset)
     # vmap cannot write to what it does not map.
     if moved.stride() == image.stride() or (not torch.compiler.is_compiling() and _is_wrapped(image, offset)):
         return moved
@@ -122,6 +125,16 @@ def _in_pieces(image: Tensor, offset: Tensor, preserve_white: bool) -> Tensor:
     return out
 
 
+def _in_strips(image: Tensor, offset: Tensor, preserve_white: bool) -> Tensor:
+    """On CUDA: a strip of all images at a time, and no look at a value, which would wait for the device."""
+    out = torch.empty_like(image)
+    pixels = math.prod(image.shape[:-3]) * image.shape[-1]
+    unmoved = (offset == 0).all(dim=-1)[..., None, None, None]
+    for strip, target in _strips(image, out, max(1, _CUDA_STRIP_PIXELS // max(1, pixels))):
+        target.copy_(torch.where(unmoved, strip, shift_batch(strip, offset, preserve_white)))
+    return out
+
+
 def _strips(image: Tensor, out: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(torch.split(image, rows, dim=-2), torch.split(out, rows, dim=-2), strict=True)
 
@@ -136,34 +149,33 @@ def _at_once(image: Tensor, offset: Tensor, preserve_white: bool) -> Tensor:
     return torch.where(holes, torch.nan, moved).to(image.dtype) if image.is_floating_point() else moved
 
 
-_kernel: Callable[[Tensor, Tensor, bool], Tensor] | None = None
-
-
-@torch.no_grad()
-def _in_one_kernel(image: Tensor, offset: Tensor, preserve_white: bool) -> Tensor:
-    """``_at_once``, compiled for each dtype, for one image and for several; as it is, with a warning, if that fails."""
-    global _kernel
-    count, height, width = math.prod(image.shape[:-3]), *image.shape[-2:]
-    pixels, offsets = image.reshape(count, 3, 1, height * width).contiguous(), offset.reshape(count, 2).contiguous()
-    try:
-        _kernel = _kernel or torch.compile(_at_once, dynamic=True)
-        # By .data, as for a view the compiler looks at its base, and compiles again for every shape of that.
-        return _kernel(pixels.data, offsets.data, preserve_white).view(image.shape)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as problem:  # Of this kind are all errors of the compiler.
-        _kernel = _at_once
-        warnings.warn(f"shift_ab is slower than it could be, as it cannot be compiled: {problem}", stacklevel=3)
-        return _at_once(image, offset, preserve_white)
-
-
 def rgb_to_lab(image: Tensor) -> Tensor:
     """CIELAB (D65, 2 degree observer) of floating point sRGB in [0, 1]: (..., 3, H, W) to the same shape.
 
     It is kornia's, whatever autocast says. L* is in [0, 100]; a* and b* are in about [-128, 127].
     """
     with torch.autocast(image.device.type, enabled=False):
+        if image.device.type == "cuda" and is_eager(image):
+            with _ConstantsOnce():
+                return _kornia_rgb_to_lab(image)
         return _kornia_rgb_to_lab(image)
+
+
+class _ConstantsOnce(TorchFunctionMode):
+    """Makes each constant once for a device: to copy it there in every call is to wait for the device every time."""
+
+    _made: ClassVar[dict[tuple[str, str], Tensor]] = {}
+
+    def __torch_function__(
+        self, function: Callable[..., Tensor], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Tensor:
+        if function is not torch.tensor:
+            return function(*args, **(kwargs or {}))
+        key = (repr(args), repr(kwargs))
+        if key not in self._made:
+            with torch.inference_mode(False):
+                self._made[key] = function(*args, **(kwargs or {}))
+        return self._made[key]
 
 
 def shift_table(offset: Tensor, preserve_white: bool = True) -> Tensor:
@@ -256,10 +268,10 @@ def one_by_one(function: Callable[..., Tensor], image: Tensor, *rows: Tensor) ->
 
 def eager_on_cpu(*tensors: Tensor) -> bool:
     """Whether images can be worked piece by piece, and values looked at, without a cost."""
-    return tensors[0].device.type == "cpu" and _is_eager(*tensors)
+    return tensors[0].device.type == "cpu" and is_eager(*tensors)
 
 
-def _is_eager(*tensors: Tensor) -> bool:
+def is_eager(*tensors: Tensor) -> bool:
     """Whether nothing watches what is done with tensors: no compiler, tracer, or transform of ``torch.func``."""
     tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     return not tracing and _is_plain(*tensors)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stainnorm_transform.color import eager_on_cpu, one_by_one, rgb_to_lab
+from stainnorm_transform.color import is_eager, one_by_one, rgb_to_lab
 from stainnorm_transform.network import ColorNormNet
 
 # Tissue is found on an area-downsampled copy: down to this many pixels on the longer side, but by MAX_SCALE at most.
@@ -20,6 +20,8 @@ MAX_SCALE = 8
 
 # Large images are read in strips of about this many pixels, so that no copy of the whole is made.
 _STRIP_PIXELS = 1 << 18
+# On CUDA, those of a whole batch.
+_CUDA_STRIP_PIXELS = 1 << 24
 
 # Tissue is neither white glass nor black, ...
 TISSUE_LIGHTNESS = (10.0, 88.0)
@@ -177,9 +179,10 @@ def _block_mean(image: Tensor, block: int) -> Tensor:
         total = functools.reduce(torch.add, torch.unflatten(total, -1, (-1, width)).unbind(-1))
         return total.float() / (height * width * (1 if strip.is_floating_point() else 255))
 
-    if not eager_on_cpu(image):
+    if not is_eager(image):
         return mean(image)
-    strips = torch.split(image, height * max(1, _STRIP_PIXELS // (height * image.shape[-1])), dim=-2)
+    pixels = _STRIP_PIXELS if image.device.type == "cpu" else _CUDA_STRIP_PIXELS // max(1, len(image))
+    strips = torch.split(image, height * max(1, pixels // (height * image.shape[-1])), dim=-2)
     return torch.cat([mean(strip) for strip in strips], dim=-2)
 
 

@@ -108,7 +108,7 @@ class NormalizeStain(_ImageTransform):
                 raise ValueError(f"expected an offset of shape (3,), got {tuple(offset.shape)}")
             if not offset.isfinite().all():
                 raise ValueError(f"expected a finite offset, got {offset.tolist()}")
-            offset = offset.detach().clone().float()
+            offset = offset.detach().clone().float().to(network.device)
         self.network = _frozen(network)
         self.preserve_white = preserve_white
         self.target = target

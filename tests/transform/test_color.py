@@ -163,49 +163,29 @@ def test_with_scratch_memory_and_without_the_result_is_the_same():
     torch.testing.assert_close(shift_batch(image, offset, True), shift_ab(image, offset), atol=1e-5, rtol=0)
 
 
-def test_what_runs_on_cuda_is_the_same_and_so_is_its_fallback(monkeypatch):
+def test_what_runs_on_cuda_is_the_same(monkeypatch):
+    monkeypatch.setattr(color, "_CUDA_STRIP_PIXELS", 700)
     images = torch.rand(2, 3, 3, 40, 50)
+    images[0, 1, :, 5, 6] = torch.nan
     offsets = torch.tensor([[9.0, -20.0], [0.0, 0.0], [-30.0, 4.0]]).expand(2, 3, 2)
-    expected = shift_ab(images, offsets)
-    # Inductor, the usual backend, takes most of a minute.
-    compiled = torch.compile(color._at_once, dynamic=True, backend="aot_eager", fullgraph=True)
-    monkeypatch.setattr(color, "_kernel", compiled)
-    for batch, rows in ((images, offsets), (images[0], offsets[0]), (images[0, 1, :, :20], offsets[0, 1])):
-        torch.testing.assert_close(color._in_one_kernel(batch, rows, True), shift_ab(batch, rows), atol=1e-5, rtol=0)
-    assert torch.equal(color._in_one_kernel(images, offsets, True)[:, 1], images[:, 1])
-
-    compiled = []
-
-    def backend(module, _):
-        compiled.append(1)
-        return module.forward
-
-    monkeypatch.setattr(color, "_kernel", torch.compile(color._at_once, dynamic=True, backend=backend))
-    for shape in ((4, 3, 64, 64), (3, 50, 60), (2, 3, 100, 30), (2, 2, 3, 7, 9), (5, 3, 64, 64), (3, 128, 128)):
-        color._in_one_kernel(torch.rand(shape), torch.ones(*shape[:-3], 2), True)
-    assert len(compiled) <= 2  # one image, and several
-
-    tried = []
-
-    def broken(*_):
-        tried.append(1)
-        raise torch._dynamo.exc.TorchDynamoException("no compiler")
-
-    monkeypatch.setattr(color, "_kernel", broken)
-    with pytest.warns(UserWarning, match="cannot be compiled"):
-        torch.testing.assert_close(color._in_one_kernel(images, offsets, True), expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(color._in_one_kernel(images, offsets, True), expected, atol=1e-5, rtol=0)
-    assert len(tried) == 1
+    for batch, rows in ((images, offsets), (images[0], offsets[0]), (images[0, 2, :, :20], offsets[0, 2])):
+        for image in (batch, batch.transpose(-3, -1).contiguous().transpose(-3, -1)):
+            out, expected = color._in_strips(image, rows, True), shift_ab(image, rows)
+            torch.testing.assert_close(out, expected, atol=1e-5, rtol=0, equal_nan=True)
+            assert out.stride() == expected.stride()
+    levels = (255 * torch.rand(2, 3, 40, 50)).to(torch.uint8)
+    assert torch.equal(color._in_strips(levels, offsets[0, :2], True), shift_ab(levels, offsets[0, :2]))
 
 
-def test_running_out_of_memory_on_cuda_is_no_failure_to_compile(monkeypatch):
-    def full(*_):
-        raise torch.OutOfMemoryError("full")
-
-    monkeypatch.setattr(color, "_kernel", full)
-    with pytest.raises(torch.OutOfMemoryError):
-        color._in_one_kernel(torch.rand(3, 4, 4), torch.ones(2), True)
-    assert color._kernel is full
+def test_constants_are_made_once():
+    image, made = torch.rand(3, 8, 8), []
+    for _ in range(2):
+        with color._ConstantsOnce():
+            lab = rgb_to_lab(image)
+            made.append(torch.tensor([1.0, 2.0], device="cpu"))
+        assert torch.equal(lab, rgb_to_lab(image))
+    assert made[0] is made[1]
+    assert torch.tensor([1.0, 2.0], device="cpu") is not made[0]
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
