@@ -148,23 +148,20 @@ def _area_mean(image: Tensor, step: int, unit: int = 1) -> Tensor:
 
     What is left over at the right and the bottom is left out; a side shorter than one step becomes one pixel.
     """
-    traced = torch.compiler.is_compiling()
-    if not traced and step % unit == 0:
+    if not torch.compiler.is_compiling() and step % unit == 0:
         return _block_mean(image, step // unit)
     image = unit_range(image)
-    # More than a window holds do no harm, and their number must be no symbol.
-    taps = step if unit == 1 else MAX_SCALE + 1 if traced else -(-step // unit) + 1
-    for dim, shape in ((-2, (-1, 1)), (-1, (-1,))):
-        length = image.shape[dim]
-        index = torch.arange(_length(length, step, unit), device=image.device)
-        start = index * step // unit
-        end = ((index * step + step + unit - 1) // unit).clamp(max=length)
-        total = image.index_select(dim, start)
-        for tap in range(1, taps):
-            inside = (start + tap < end).view(shape)
-            total = total + image.index_select(dim, (start + tap).clamp(max=length - 1)) * inside
-        image = total / (end - start).view(shape)
-    return image
+    rows, columns = (_windows(length, step, unit, image.device) for length in image.shape[-2:])
+    return rows @ image @ columns.T
+
+
+def _windows(length: int, step: int, unit: int, device: torch.device) -> Tensor:
+    """The share that each of ``length`` pixels has in each pixel of ``_area_mean``: (smaller length, length)."""
+    index = torch.arange(_length(length, step, unit), device=device)[:, None]
+    start = index * step // unit
+    end = ((index * step + step + unit - 1) // unit).clamp(max=length)
+    pixel = torch.arange(length, device=device)
+    return ((start <= pixel) & (pixel < end)) / (end - start)
 
 
 def _block_mean(image: Tensor, block: int) -> Tensor:
@@ -200,8 +197,6 @@ def tissue_weight(lab: Tensor) -> Tensor:
 
 
 def _box_sum(image: Tensor, size: int) -> Tensor:
-    total = F.pad(image, [size // 2] * 4)
-    for dim in (-2, -1):
-        windows = (total.narrow(dim, start, image.shape[dim]) for start in range(size))
-        total = functools.reduce(torch.add, windows)
-    return total
+    column = torch.ones(1, 1, size, 1, dtype=image.dtype, device=image.device)
+    sums = F.conv2d(image, column, padding=(size // 2, 0))
+    return F.conv2d(sums, column.transpose(2, 3), padding=(0, size // 2))
