@@ -13,7 +13,7 @@ CENTERS = range(5)
 
 
 def _folder(text: str) -> Path:
-    if not Path(text).is_dir():
+    if not text or not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"{text} is no folder: set STAINNORM_DATA or --data, see weights/README.md")
     return Path(text)
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from stainnorm_transform import __version__, weights
-from stainnorm_transform.cli import normalize, train
+from stainnorm_transform import __version__
 from stainnorm_transform.files import printable
+
+COMMANDS = {
+    "normalize": "give images and slides the colors of the target",
+    "train": "make weights for your own target",
+    "list": "show the shipped weights",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # File names may hold what the terminal's encoding lacks.
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    options = _parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parser(arguments).parse_args(arguments)
     try:
         status: int = options.run(options)
     except (ValueError, OSError, ImportError) as error:
@@ -36,28 +43,15 @@ class _Parser(argparse.ArgumentParser):
         super().error(printable(message))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = _Parser(
         prog="stainnorm", description="Stain normalization of H&E images with ColorNormNet."
     )
     parser.add_argument("--version", action="version", version=f"stainnorm {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-    normalize.add_parser(commands)
-    train.add_parser(commands)
-
-    listing = commands.add_parser("list", help="show the shipped weights", description="Shows the shipped weights.")
-    listing.set_defaults(run=_list)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary)
+        if name in arguments[:1]:
+            # Only the command that runs is imported, as torch takes seconds.
+            importlib.import_module(f"stainnorm_transform.cli.{name}").add_arguments(command)
     return parser
-
-
-def _list(options: argparse.Namespace) -> int:
-    for name in weights.names():
-        default = " (default)" if name == weights.DEFAULT else ""
-        if name in weights.ALIASES:
-            print(f"{name}{default}: another name of {weights.ALIASES[name]}")
-            continue
-        loaded = weights.load(name)
-        print(f"{name}{default}: {loaded.data.get('summary', '')}")
-        print(f"    {loaded.metrics.get('summary', '')}")
-    return 0

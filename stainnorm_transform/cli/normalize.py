@@ -28,24 +28,24 @@ OVERVIEW = "overview.png"
 RAY_THREADS = 2
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``normalize`` to the commands."""
-    parser = commands.add_parser(
-        "normalize",
-        help="give images and slides the colors of the target",
-        description="Gives H&E images (PNG, JPEG, TIFF; 8-bit RGB or RGBA) and whole slides (what OpenSlide reads, and "
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command, and its description."""
+    parser.description = (
+        "Gives H&E images (PNG, JPEG, TIFF; 8-bit RGB or RGBA) and whole slides (what OpenSlide reads, and "
         'OME-TIFF; pip install "stainnorm-transform[slides]") the colors of the target. Every image gets one a*, b* '
         "offset of its own, so tiles of one slide may differ a little; a slide gets one as a whole, from a sample of "
         "its tissue. Lightness and white glass (L* > 97) stay, and what has no tissue keeps its colors. Resolution, "
         "ICC profile and transparency are kept. Of images, JPEG is written at quality 95 without chroma subsampling, "
         "TIFF without loss. Slides become tiled pyramidal BigTIFF; their label, and the image of the whole glass, "
-        "which shows it, are left out. Files of other kinds in a folder are left out.",
-        epilog="DIR/offsets.csv lists each file, by its full path, with the offset that was taken from it; of several "
+        "which shows it, are left out. Files of other kinds in a folder are left out."
+    )
+    parser.epilog = (
+        "DIR/offsets.csv lists each file, by its full path, with the offset that was taken from it; of several "
         "lines for one output the last counts. The same command again does what is missing: a file is finished if "
         "the list has it and path, size and time of change of the file and of its result are as listed, as are the "
         "weights, the version of the program, and the options that the result depends on; of a slide of several files "
         "only the one that is opened is compared. Results of files that are gone, or that have another name "
-        "with --ome, stay. Files that cannot be normalized are named at the end, and the exit status is then 1.",
+        "with --ome, stay. Files that cannot be normalized are named at the end, and the exit status is then 1."
     )
     add_inputs(parser, "image, slide")
     parser.add_argument(

@@ -19,7 +19,7 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from stainnorm_transform import weights
-from stainnorm_transform.cli.options import add_device, add_inputs
+from stainnorm_transform.cli.options import add_device, add_inputs, path_name
 from stainnorm_transform.estimate import has_tissue, small_copy
 from stainnorm_transform.files import printable
 from stainnorm_transform.folders.images import ImageFiles
@@ -34,30 +34,30 @@ NAMED = 10
 BAR = "{n}/{total} |{bar}| {remaining} left{postfix}"
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``train`` to the commands."""
-    parser = commands.add_parser(
-        "train",
-        help="make weights for your own target",
-        description="Trains weights whose target is the color of the given H&E images (PNG, JPEG, TIFF; tiles or large "
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command, and its description."""
+    parser.description = (
+        "Trains weights whose target is the color of the given H&E images (PNG, JPEG, TIFF; tiles or large "
         "fields): a hundred tiles from ten or more slides of one lab are a good start. Needs no labels and no other "
-        "lab's images.",
-        epilog="The state of the run is kept in NAME.checkpoint.safetensors until it is done; --resume goes on from "
+        "lab's images."
+    )
+    parser.epilog = (
+        "The state of the run is kept in NAME.checkpoint.safetensors until it is done; --resume goes on from "
         "there. Images that cannot be used are named and left out. On several devices: torchrun --nproc-per-node COUNT "
-        "--no-python stainnorm train ...",
+        "--no-python stainnorm train ..."
     )
     add_inputs(parser)
     parser.add_argument(
         "--out",
         required=True,
-        type=Path,
+        type=path_name,
         metavar="NAME.safetensors",
         help="weights file to write; an existing one is not replaced",
     )
     parser.add_argument(
         "--held-out",
         nargs="+",
-        type=Path,
+        type=path_name,
         metavar="INPUT",
         help="images to measure the error on and not to train on, best from slides of their own (default: one image in "
         f"{HELD_OUT_EVERY}, at most {HELD_OUT_MOST})",

@@ -173,7 +173,7 @@ def test_every_setting_can_be_given():
     for name, value in given.items():
         option = name.replace("_", "-")
         arguments += ["--no-" + option] if value is False else ["--" + option, *str(value).strip("[]").split(", ")]
-    options = _parser().parse_args(arguments)
+    options = _parser(arguments).parse_args(arguments)
     assert {name: getattr(options, name) for name in given} == given
 
 
@@ -220,6 +220,13 @@ def test_one_image_is_trained_on_without_measuring(tmp_path, capsys):
     assert main(["train", str(tmp_path / "field.png"), "--out", str(out), *FAST]) == 0
     assert "error was not measured" in capsys.readouterr().out
     assert "held_out_error" not in weights.load(out).metrics
+
+
+@pytest.mark.parametrize("arguments", [["", "--out", "a"], ["tiles", "--out", ""], ["a", "--out", "b", "--held-out", ""]])
+def test_a_variable_that_is_not_set_is_no_folder(arguments, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", *arguments])
+    assert "expected a file or folder, got an empty name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
