@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -154,11 +155,17 @@ def rgb_to_lab(image: Tensor) -> Tensor:
 
     It is kornia's, whatever autocast says. L* is in [0, 100]; a* and b* are in about [-128, 127].
     """
-    with torch.autocast(image.device.type, enabled=False):
+    with without_autocast(image):
         if image.device.type == "cuda" and is_eager(image):
             with _ConstantsOnce():
                 return _kornia_rgb_to_lab(image)
         return _kornia_rgb_to_lab(image)
+
+
+def without_autocast(image: Tensor) -> contextlib.AbstractContextManager[object]:
+    """The context in which nothing is computed in less than float32, on the device of ``image``."""
+    kind = image.device.type
+    return torch.autocast(kind, enabled=False) if kind != "meta" else contextlib.nullcontext()
 
 
 class _ConstantsOnce(TorchFunctionMode):
@@ -272,9 +279,8 @@ def eager_on_cpu(*tensors: Tensor) -> bool:
 
 
 def is_eager(*tensors: Tensor) -> bool:
-    """Whether nothing watches what is done with tensors: no compiler, tracer, or transform of ``torch.func``."""
-    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return not tracing and _is_plain(*tensors)
+    """Whether nothing watches what is done with tensors: no compiler, and no transform of ``torch.func``."""
+    return not torch.compiler.is_compiling() and _is_plain(*tensors)
 
 
 def _is_plain(*tensors: Tensor) -> bool:
@@ -313,7 +319,8 @@ def shift_batch(image: Tensor, offset: Tensor, preserve_white: bool, scratch: Te
         linear = torch.index_select(_linear_levels(), 0, level.view(-1), out=b.view(-1)).view_as(b)
     else:
         work = image.to(dtype) if a is None else a.copy_(image)
-        linear = _decode(work / 255 if image.dtype == torch.uint8 else work, out=b, spare=a)
+        work = work / 255 if image.dtype == torch.uint8 else torch.clamp(work, 0, 1, out=a)
+        linear = _decode(work, out=b, spare=a)
     red, green, blue = linear.unbind(-3)
     if preserve_white:
         f_y = _f(_weighted(_M[1], (red, green, blue), out=a0), out=a1, spare=a0)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stainnorm_transform.color import is_eager, one_by_one, rgb_to_lab
-from stainnorm_transform.network import ColorNormNet
+from stainnorm_transform.color import is_eager, one_by_one, rgb_to_lab, without_autocast
+from stainnorm_transform.network import ColorNormNet, FrozenColorNormNet
+
+Network: TypeAlias = ColorNormNet | FrozenColorNormNet
 
 # Tissue is found on an area-downsampled copy: down to this many pixels on the longer side, but by MAX_SCALE at most.
 # The network sees that copy at half the size.
@@ -39,11 +42,11 @@ OUTLIER_SPREAD = 1.0
 OUTLIER = 4.0
 
 
-def estimate_offset(network: ColorNormNet, image: Tensor, dense: bool = False) -> Tensor:
+def estimate_offset(network: Network, image: Tensor, dense: bool = False) -> Tensor:
     """Estimates how far images are from the network's target: the weighted mean of its map over the tissue.
 
     Args:
-        network: a trained ColorNormNet in eval mode.
+        network: a trained ColorNormNet in eval mode, or a FrozenColorNormNet.
         image: sRGB, shape (..., 3, H, W), uint8 or floating point in [0, 1]. NaN counts as white.
         dense: whether the mean is over the map at every pixel: over the copies that begin at each pixel of the first.
 
@@ -82,7 +85,7 @@ def robust_mean_offset(sums: Tensor) -> Tensor:
     return mean_offset(sums.sum(dim=0))
 
 
-def tissue_sums(network: ColorNormNet, image: Tensor, side: int | None = None) -> Tensor:
+def tissue_sums(network: Network, image: Tensor, side: int | None = None) -> Tensor:
     """Weighted a* and b* of the map and the weight, as means over each image: (..., 3), all 0 without tissue.
 
     ``side`` is for ``small_copy``.
@@ -91,11 +94,11 @@ def tissue_sums(network: ColorNormNet, image: Tensor, side: int | None = None) -
     def one_batch(batch: Tensor) -> Tensor:
         return sums_of_copies(network, small_copy(batch, side))
 
-    with torch.autocast(image.device.type, enabled=False):
+    with without_autocast(image):
         return one_by_one(one_batch, image)
 
 
-def sums_of_copies(network: ColorNormNet, copies: Tensor) -> Tensor:
+def sums_of_copies(network: Network, copies: Tensor) -> Tensor:
     """As ``tissue_sums``, for what ``small_copy`` returned."""
     weight = tissue_weight(rgb_to_lab(copies))
     weight = _area_mean(weight * _enough(weight), 2)

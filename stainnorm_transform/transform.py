@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import PIL.Image
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+import torch.fx
+from torch import Tensor
 from torchvision import tv_tensors
-from torchvision.ops import FrozenBatchNorm2d
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
@@ -30,10 +31,17 @@ from stainnorm_transform.color import (
     shift_table,
 )
 from stainnorm_transform.estimate import estimate_offset, mean_offset, tissue_sums
-from stainnorm_transform.network import ColorNormNet
+from stainnorm_transform.network import ColorNormNet, FrozenColorNormNet
 
 # Threads that share a transform make its table once; several tables at a time would compete for memory.
 _making_a_table = threading.Lock()
+
+
+_LIBRARIES = ("stainnorm_transform", "torch", "torchvision")
+_NO_TORCHSCRIPT = (
+    "TorchScript is not supported, nor the ONNX exporter that is built on it: use torch.export.export, or "
+    "torch.onnx.export(..., dynamo=True)"
+)
 
 
 class _ImageTransform(v2.Transform):
@@ -45,6 +53,20 @@ class _ImageTransform(v2.Transform):
         tv_tensors.Video,
         lambda inpt: isinstance(inpt, Tensor) and not isinstance(inpt, tv_tensors.TVTensor),
     )
+
+    def forward(self, image: Any, *more: Any) -> Any:
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            raise RuntimeError(_NO_TORCHSCRIPT)
+        if isinstance(image, torch.fx.Proxy):
+            # A leaf, like the layers of torch: what is done depends on the image.
+            module = image.tracer.path_of_module(self)  # type: ignore[attr-defined]
+            if not module:
+                raise TypeError(f"{type(self).__name__} is a leaf for torch.fx: trace the model that it is in")
+            return image.tracer.create_proxy("call_module", module, (image, *more), {})
+        return super().forward(image, *more)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise RuntimeError(_NO_TORCHSCRIPT)
 
     def check_inputs(self, flat_inputs: list[Any]) -> None:
         if not any(self._needs_transform_list(flat_inputs)):
@@ -65,8 +87,9 @@ class NormalizeStain(_ImageTransform):
     uint8 images on the CPU go through a table of all colors: the same result but for rare rounding, several times as
     fast, for 64 MiB and some tenths of a second, once in each process.
 
-    The network is a frozen copy, float32, all buffers and no parameters: training, unfreezing, ``apply``, ``half`` and
-    autocast of the model around it do not change it. Gradients reach the input.
+    The network is a frozen copy, float32, all buffers, no parameters and no layers: training, unfreezing, initializing,
+    pruning, ``half`` and autocast of the model around it do not change it. Gradients reach the input. All that
+    decides the output is in the ``state_dict``.
 
     Args:
         network: a trained ColorNormNet, which is copied.
@@ -89,7 +112,7 @@ class NormalizeStain(_ImageTransform):
 
     def __init__(
         self,
-        network: ColorNormNet,
+        network: ColorNormNet | FrozenColorNormNet,
         preserve_white: bool = True,
         *,
         target: str = "unnamed",
@@ -97,7 +120,7 @@ class NormalizeStain(_ImageTransform):
         offset: Tensor | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(network, nn.Module):
+        if type(network) not in (ColorNormNet, FrozenColorNormNet):
             raise TypeError(
                 f"expected a ColorNormNet, got {type(network).__name__}: pretrained() takes a name or a path"
             )
@@ -109,7 +132,7 @@ class NormalizeStain(_ImageTransform):
             if not offset.isfinite().all():
                 raise ValueError(f"expected a finite offset, got {offset.tolist()}")
             offset = offset.detach().clone().float().to(network.device)
-        self.network = _frozen(network)
+        self.network = FrozenColorNormNet(network) if isinstance(network, ColorNormNet) else copy.deepcopy(network)
         self.preserve_white = preserve_white
         self.target = target
         self.recipe = recipe
@@ -206,12 +229,24 @@ class NormalizeStain(_ImageTransform):
                 _making_a_table.release()
         return self._table
 
+    def get_extra_state(self) -> Tensor:
+        """What is no tensor, as the bytes of JSON, so that formats without pickle can hold it."""
+        extra = {"preserve_white": self.preserve_white, "target": self.target, "recipe": self.recipe}
+        return torch.tensor(list(json.dumps(extra).encode()), dtype=torch.uint8, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Takes what ``get_extra_state`` returned."""
+        extra = json.loads(bytes(state.tolist()))
+        self.preserve_white, self.target, self.recipe = (extra[name] for name in ("preserve_white", "target", "recipe"))
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # Whether an offset is fixed is part of the state.
         if any(name.startswith(f"{prefix}network.") for name in state_dict):
             fixed = f"{prefix}offset" in state_dict
             self.offset = torch.zeros(3, dtype=torch.float32, device=self.network.device) if fixed else None
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        if self.offset is not None:
+            self.offset = self.offset.detach().float()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_table": None}
@@ -219,10 +254,6 @@ class NormalizeStain(_ImageTransform):
     def train(self, mode: bool = True) -> NormalizeStain:
         """Stays in eval mode, whatever ``mode``."""
         super().train(False)
-        return self
-
-    def apply(self, fn: Callable[[nn.Module], None]) -> NormalizeStain:
-        """Does nothing: initializing the weights of a model leaves the network as it is."""
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NormalizeStain:
@@ -278,29 +309,6 @@ class PerturbStain(_ImageTransform):
         return _like(inpt, perturb)
 
 
-# Tensors made in inference mode could not pass gradients later.
-@torch.inference_mode(False)
-def _frozen(network: ColorNormNet) -> ColorNormNet:
-    """A copy in eval mode whose parameters are buffers and whose batch norm has no training mode."""
-    network = copy.deepcopy(network).eval().float()
-    for module in list(network.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.BatchNorm2d):
-                frozen = _FrozenBatchNorm(child.num_features, child.eps).to(network.lab_scale)
-                frozen.load_state_dict(child.state_dict())
-                setattr(module, name, frozen)
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            delattr(module, name)
-            module.register_buffer(name, parameter.detach())
-    return network
-
-
-class _FrozenBatchNorm(FrozenBatchNorm2d):
-    def forward(self, x: Tensor) -> Tensor:
-        # One pass, several times as fast as the original, and as fast as a scale and a shift that were folded before.
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-
-
 def _leading_shape(inpt: Any) -> torch.Size:
     """The shape of the offsets an input takes, less the last dimension."""
     if isinstance(inpt, PIL.Image.Image | tv_tensors.Video):
@@ -329,16 +337,26 @@ def _warn_of_range(image: Tensor) -> None:
     if not some.numel():
         return
     low, high = (float(value) for value in some.aminmax())
+    # Of a pale image in [-1, 1], few values are far below 0, but more than a filter makes.
+    negative = low < -0.02 and float((some < -0.02).float().mean()) > 0.05
     # The texts do not depend on the image, so that each is shown once.
     for is_odd, what, remedy in (
         (2 < high < math.inf, "above 2", "divide by 255"),
-        (-math.inf < low < -0.5, "below -0.5", "normalize stains before v2.Normalize"),
+        (-math.inf < low < -0.25 or negative, "below 0", "normalize stains before v2.Normalize"),
     ):
         if is_odd:
             warnings.warn(
                 f"expected floating point images in [0, 1], got values {what}, which are cut to it: {remedy}",
-                stacklevel=2,
+                stacklevel=_callers_level(),
             )
+
+
+def _callers_level() -> int:
+    """The ``stacklevel`` by which a warning of the calling function names the first line outside of ``_LIBRARIES``."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _is_dressed(inpt: Tensor) -> bool:

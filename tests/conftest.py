@@ -40,20 +40,25 @@ def tile() -> Tensor:
 
 
 @pytest.fixture
-def random_normalize() -> NormalizeStain:
-    """A transform whose network is not trained but gives every image an offset of its own."""
+def random_network() -> ColorNormNet:
+    """A network that is not trained but gives every image an offset of its own."""
     torch.manual_seed(0)
-    network = ColorNormNet()
+    network = ColorNormNet().eval()
     with torch.no_grad():
         network.head.bias.copy_(torch.tensor([0.0, 0.4, -0.3]))  # about (8, -6) in (a*, b*)
-    return NormalizeStain(network, target="random")
+    return network
 
 
 @pytest.fixture
-def trained(tmp_path_factory, random_normalize):
+def random_normalize(random_network) -> NormalizeStain:
+    return NormalizeStain(random_network, target="random")
+
+
+@pytest.fixture
+def trained(tmp_path_factory, random_network):
     """A weights file that moves every tissue by about (-8, 6)."""
     path = tmp_path_factory.mktemp("weights") / "test.safetensors"
-    weights.save(random_normalize.network, path, TrainConfig())
+    weights.save(random_network, path, TrainConfig())
     return path
 
 

@@ -81,7 +81,7 @@ def _add_slide_options(group: argparse._ArgumentGroup) -> None:
         type=int,
         default=SlideFormat.quality,
         metavar="Q",
-        help="JPEG quality, 1 to 100; below 90, color has half the resolution (default: %(default)s)",
+        help="JPEG quality, 1 to 100; color is subsampled 4:2:2, below 90 4:2:0 (default: %(default)s)",
     )
     compression.add_argument("--lossless", action="store_true", help="compress without loss: 3 to 5 times as large")
     group.add_argument(

@@ -20,8 +20,9 @@ from stainnorm_transform.slides.tables import Pixels, look_up_pixels
 # Side of a tile in every level; two by two are read, shifted and encoded at once.
 TILE = 512
 BLOCK = 2 * TILE
-# As in libvips: below, color has half the resolution.
-FULL_CHROMA_QUALITY = 90
+# JPEG from this quality on has color at half the resolution across and full resolution down (4:2:2), below at half both
+# ways (4:2:0). Bio-Formats, and so QuPath and Fiji, converts YCbCr of full resolution (4:4:4) twice.
+HIGH_QUALITY = 90
 
 Encode = Callable[[Pixels], bytes]
 
@@ -152,7 +153,7 @@ def encoder(quality: int | None) -> Encode:
     """Makes JPEG tiles of a quality, or, for None, tiles without loss: Deflate of differences."""
     import imagecodecs
 
-    subsampling = "444" if quality is not None and quality >= FULL_CHROMA_QUALITY else "420"
+    subsampling = "422" if quality is not None and quality >= HIGH_QUALITY else "420"
 
     def encode(pixels: Pixels) -> bytes:
         if quality is None:

@@ -17,7 +17,7 @@ from stainnorm_transform import __version__
 from stainnorm_transform.color import shift_table
 from stainnorm_transform.resources import one_torch_thread
 from stainnorm_transform.slides.metadata import OME
-from stainnorm_transform.slides.pyramid import FULL_CHROMA_QUALITY, TILE, Pyramid, encoder
+from stainnorm_transform.slides.pyramid import HIGH_QUALITY, TILE, Pyramid, encoder
 from stainnorm_transform.slides.reader import Slide
 from stainnorm_transform.transform import NormalizeStain
 
@@ -31,7 +31,7 @@ class SlideFormat:
     """How normalized slides are written.
 
     Args:
-        quality: of JPEG, 1 to 100, from 90 on with full color resolution; None is without loss, by Deflate.
+        quality: of JPEG, 1 to 100, whose color is subsampled 4:2:2, below 90 4:2:0; None is without loss, by Deflate.
         ome: OME-TIFF, rather than TIFF in the layout of Aperio, which OpenSlide reads with all levels and metadata.
         keep_label: whether to keep the images of the label and of the whole glass (macro), which shows the label.
 
@@ -166,8 +166,8 @@ def _level_options(slide: Slide, pyramid: Pyramid, level: int, file_format: Slid
     if file_format.quality is None:
         options |= {"compression": "zlib", "predictor": True}
     else:
-        full = file_format.quality >= FULL_CHROMA_QUALITY
-        options |= {"compression": "jpeg", "subsampling": (1, 1) if full else (2, 2)}
+        high = file_format.quality >= HIGH_QUALITY
+        options |= {"compression": "jpeg", "subsampling": (2, 1) if high else (2, 2)}
     if slide.mpp:
         x, y = (_CENTIMETER / mpp / 2**level for mpp in slide.mpp)
         options |= {"resolution": (x, y), "resolutionunit": "CENTIMETER"}

@@ -222,7 +222,9 @@ def test_one_image_is_trained_on_without_measuring(tmp_path, capsys):
     assert "held_out_error" not in weights.load(out).metrics
 
 
-@pytest.mark.parametrize("arguments", [["", "--out", "a"], ["tiles", "--out", ""], ["a", "--out", "b", "--held-out", ""]])
+@pytest.mark.parametrize(
+    "arguments", [["", "--out", "a"], ["tiles", "--out", ""], ["a", "--out", "b", "--held-out", ""]]
+)
 def test_a_variable_that_is_not_set_is_no_folder(arguments, capsys):
     with pytest.raises(SystemExit):
         main(["train", *arguments])

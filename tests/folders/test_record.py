@@ -10,7 +10,7 @@ from render_tiles import render_tile
 from synthetic import make_tiles, rows, save
 from torchvision.transforms.v2.functional import to_pil_image
 
-from stainnorm_transform import TrainConfig, __version__, weights
+from stainnorm_transform import NormalizeStain, TrainConfig, __version__, weights
 from stainnorm_transform.estimate import estimate_offset
 from stainnorm_transform.folders import images, record
 
@@ -27,7 +27,7 @@ def test_no_line_is_cut_by_a_full_disk(tmp_path, monkeypatch):
         assert (tmp_path / "offsets.csv").read_bytes() == before
 
 
-def test_only_what_changed_is_done_again(run, tmp_path, trained, random_normalize, capsys, monkeypatch):
+def test_only_what_changed_is_done_again(run, tmp_path, trained, random_normalize, random_network, capsys, monkeypatch):
     tiles, out = make_tiles(tmp_path / "in", 5), tmp_path / "out"
 
     def done(options=()):
@@ -51,11 +51,11 @@ def test_only_what_changed_is_done_again(run, tmp_path, trained, random_normaliz
     assert torch.equal(read(out / tiles[0].name), random_normalize(render_tile(9, 64)))
     assert done(["--again"]) == everything
     with torch.no_grad():
-        random_normalize.network.head.bias += 0.1
-    weights.save(random_normalize.network, trained, TrainConfig(), target="test")
+        random_network.head.bias += 0.1
+    weights.save(random_network, trained, TrainConfig(), target="test")
     assert done() == everything
     for tile, row in zip(tiles, rows(out)[-5:], strict=True):
-        offset = estimate_offset(random_normalize.network, read(tile))
+        offset = estimate_offset(random_network, read(tile))
         assert [float(row["offset_a"]), float(row["offset_b"])] == pytest.approx(offset[1:].tolist(), abs=1e-3)
     made_by = {row["made_by"] for row in rows(out)}
     assert len(made_by) == 2
@@ -134,12 +134,12 @@ def test_the_record_is_no_way_to_other_files(run, tmp_path, capsys, kind):
     assert list((tmp_path / "out").iterdir()) == [where]
 
 
-def test_the_last_of_two_runs_with_other_weights_counts(run, tmp_path, trained, random_normalize, monkeypatch, capsys):
+def test_the_last_of_two_runs_with_other_weights_counts(run, tmp_path, trained, random_network, monkeypatch, capsys):
     """The other run gives its image the name between the line and the name of ours."""
     path = save(tmp_path / "a.png")
     with torch.no_grad():
-        random_normalize.network.head.bias += 0.1
-    weights.save(random_normalize.network, tmp_path / "b.safetensors", TrainConfig(), target="b")
+        random_network.head.bias += 0.1
+    weights.save(random_network, tmp_path / "b.safetensors", TrainConfig(), target="b")
     add = record.Record.add
 
     def interrupted(self, *arguments):
@@ -156,7 +156,7 @@ def test_the_last_of_two_runs_with_other_weights_counts(run, tmp_path, trained, 
     for chosen in (trained, tmp_path / "b.safetensors"):
         assert run(path, options=["--weights", str(chosen)]) == 0
         assert "earlier" not in capsys.readouterr().out
-    assert torch.equal(read(tmp_path / "out/a.png"), random_normalize(render_tile()))
+    assert torch.equal(read(tmp_path / "out/a.png"), NormalizeStain(random_network)(render_tile()))
 
 
 def test_an_input_that_changes_meanwhile_is_done_again(run, tmp_path, monkeypatch, capsys):

@@ -80,7 +80,7 @@ def test_any_size_and_number_of_threads(tmp_path_factory, width, height, threads
         assert np.array_equal(smaller, halved(larger))
 
 
-@pytest.mark.parametrize(("quality", "most"), [(95, 2), (90, 3), (80, 5), (30, 10)])
+@pytest.mark.parametrize(("quality", "most"), [(95, 3), (90, 3), (80, 5), (30, 10)])
 @pytest.mark.parametrize("ome", [False, True])
 def test_jpeg_is_as_good_as_its_quality(tmp_path, quality, most, ome):
     pixels = tissue(1100, 1500)
@@ -99,7 +99,7 @@ def test_jpeg_is_as_good_as_its_quality(tmp_path, quality, most, ome):
         assert page.tile == (512, 512)
         assert page.compression == tifffile.COMPRESSION.JPEG
         assert page.photometric == tifffile.PHOTOMETRIC.YCBCR
-        assert page.tags["YCbCrSubSampling"].value == ((1, 1) if quality >= 90 else (2, 2))
+        assert page.tags["YCbCrSubSampling"].value == ((2, 1) if quality >= 90 else (2, 2))
 
 
 def test_openslide_finds_metadata_and_images(tmp_path, normalize):
@@ -181,7 +181,7 @@ def test_a_real_slide_in_every_format(data, tmp_path):
         fixed, _ = slide_normalizer(slide, NormalizeStain.pretrained())
         raw = slide.read(0, 0, *slide.dimensions)
     expected = fixed(raw).permute(1, 2, 0).numpy().astype(int)
-    for file_format, most in ((LOSSLESS, 0), (SlideFormat(90), 1.5), (SlideFormat(90, ome=True), 1.5)):
+    for file_format, most in ((LOSSLESS, 0), (SlideFormat(90), 3), (SlideFormat(90, ome=True), 3)):
         out = write(path, tmp_path / "out.tif", fixed, file_format)
         assert np.abs(levels_of(out)[0] - expected).mean() <= most
         assert by_openslide(out).shape == (2967, 2220, 3)

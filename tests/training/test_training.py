@@ -16,34 +16,32 @@ SHORT = TrainConfig(iterations=4, batch_size=4, crop=32, scales=(1.0, 2.0), repo
 TILES = [render_tile(seed, 64) for seed in range(3)]
 
 
-class Constant(ColorNormNet):
-    """Predicts the same offset everywhere."""
-
-    def __init__(self, *offset):
-        super().__init__()
-        self.register_buffer("constant", torch.tensor(offset).view(3, 1, 1))
-
-    def forward(self, lab):
-        return self.constant.expand_as(lab)
+def constant(*offset: float) -> ColorNormNet:
+    """A network that predicts the same offset everywhere."""
+    network = ColorNormNet().eval()
+    with torch.no_grad():
+        network.head.weight.zero_()
+        network.head.bias.copy_(torch.tensor(offset) / network.offset_scale)
+    return network
 
 
 def test_loss_is_l1_plus_lambda_l2_of_map_and_mean():
     crops = torch.stack([render_tile(seed) for seed in range(3)]) / 255
     batch = Batch(crops, tissue_weight(rgb_to_lab(crops)), torch.tensor([[5.0, -7.0]] * 3), torch.ones(3, 2))
-    right = offset_loss(Constant(0.0, 5.0, -7.0), batch, TrainConfig())
+    right = offset_loss(constant(0.0, 5.0, -7.0), batch, TrainConfig())
     assert right.item() == pytest.approx(0, abs=1e-4)
-    wrong = offset_loss(Constant(1.0, 5.0, -3.0), batch, TrainConfig(l2_weight=0.5))
+    wrong = offset_loss(constant(1.0, 5.0, -3.0), batch, TrainConfig(l2_weight=0.5))
     # Errors (1, 0, 4) everywhere: L1 + 0.5 L2 is 1.5 and 12, averaged over channels, for the map and for its mean.
     assert wrong.item() == pytest.approx(2 * (1.5 + 12) / 3, rel=1e-4)
 
 
 def test_offset_errors_are_estimated_minus_true_offsets():
     images = [render_tile(seed) for seed in range(2)]
-    errors = offset_errors(Constant(0.0, 1.0, 2.0).eval(), images, max_offset=20, draws=100)
+    errors = offset_errors(constant(0.0, 1.0, 2.0), images, max_offset=20, draws=100)
     assert errors.shape == (2, 100, 2)
     assert errors.std(dim=1).mean().item() == pytest.approx(20 / 3**0.5, rel=0.15)
     assert ((errors - torch.tensor([1.0, 2.0])).abs() <= 20 + 1e-4).all()
-    frozen = NormalizeStain(Constant(0.0, 1.0, 2.0)).network
+    frozen = NormalizeStain(constant(0.0, 1.0, 2.0)).network
     assert torch.equal(errors, offset_errors(frozen, images, max_offset=20, draws=100))
 
 

@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import io
 import pickle
 import re
 import warnings
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from camelyon17 import read
 from hypothesis import given, settings
@@ -15,10 +17,12 @@ from kornia.color import rgb_to_lab
 from PIL import Image
 from render_tiles import render_tile
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader
 from torchvision import transforms as v1
 from torchvision import tv_tensors
 from torchvision.models import resnet50
+from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
@@ -26,6 +30,7 @@ from stainnorm_transform import ColorNormNet, NormalizeStain, PerturbStain
 from stainnorm_transform import transform as transform_module
 from stainnorm_transform.color import shift_ab
 from stainnorm_transform.estimate import mean_offset, tissue_sums
+from stainnorm_transform.network import FrozenColorNormNet
 
 KINDS = ["NormalizeStain", "fixed offset", "PerturbStain"]
 
@@ -192,17 +197,30 @@ def unfreeze_and_step(model, batch):
 
 def initialize(model, batch):
     def reset(module):
-        if isinstance(module, nn.Conv2d):
-            nn.init.normal_(module.weight)
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+        for name in ("weight", "bias"):
+            if getattr(module, name, None) is not None:
+                nn.init.constant_(getattr(module, name), 3.0)
 
     model.apply(reset)
+    for module in model.modules():
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear | nn.modules.batchnorm._NormBase):
+            reset(module)
+
+
+def prune_all(model, batch):
+    layers = [(module, "weight") for module in model.modules() if getattr(module, "weight", None) is not None]
+    prune.global_unstructured(layers, prune.L1Unstructured, amount=0.9)
+    for module, name in layers:
+        prune.remove(module, name)
 
 
 def update_batch_norm(model, batch):
     torch.optim.swa_utils.update_bn([batch], model)
 
 
-@pytest.mark.parametrize("change", [train_all, unfreeze_and_step, initialize, update_batch_norm])
+@pytest.mark.parametrize("change", [train_all, unfreeze_and_step, initialize, prune_all, update_batch_norm])
 def test_is_frozen_whatever_is_done_to_the_model(random_normalize, tile, change):
     model = nn.Sequential(random_normalize, nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     batch = (tile / 255).expand(2, -1, -1, -1)
@@ -211,6 +229,118 @@ def test_is_frozen_whatever_is_done_to_the_model(random_normalize, tile, change)
     model(batch)
     assert torch.equal(random_normalize(batch), expected)
     assert any(not torch.equal(value, behind[name]) for name, value in model[1:].state_dict().items())
+
+
+def test_a_network_of_buffers_computes_what_the_layers_do(random_network):
+    frozen = FrozenColorNormNet(random_network)
+    assert not list(frozen.children())
+    assert not list(frozen.parameters())
+    lab = 50 * torch.rand(2, 3, 20, 31)
+    torch.testing.assert_close(frozen(lab), random_network(lab), atol=1e-5, rtol=0)
+
+
+def other_state() -> NormalizeStain:
+    return NormalizeStain(ColorNormNet(), preserve_white=False, target="other", recipe="none")
+
+
+def test_a_state_holds_all_that_decides_the_output(random_normalize, tile):
+    for assign in (False, True):
+        model = nn.Sequential(other_state(), nn.Linear(1, 1))
+        model.load_state_dict(nn.Sequential(random_normalize, nn.Linear(1, 1)).state_dict(), assign=assign)
+        assert torch.equal(model[0](tile), random_normalize(tile))
+        assert repr(model[0]) == repr(random_normalize)
+    uniform = other_state()
+    random_normalize.load_state_dict(uniform.state_dict())
+    assert torch.equal(random_normalize(tile), uniform(tile))
+    assert not random_normalize.preserve_white
+
+
+def test_a_state_without_a_part_is_refused(random_normalize):
+    for missing in random_normalize.state_dict():
+        state = {name: value for name, value in random_normalize.state_dict().items() if name != missing}
+        with pytest.raises(RuntimeError, match="Missing key"):
+            other_state().load_state_dict(state)
+
+
+def test_a_state_is_loaded_as_float32(random_normalize, tile):
+    """One of model.half(), say, whose own buffers a program had converted."""
+    slide = random_normalize.for_slide([tile])
+    half = {name: value.half() if value.is_floating_point() else value for name, value in slide.state_dict().items()}
+    for assign in (False, True):
+        loaded = other_state()
+        loaded.load_state_dict(half, assign=assign)
+        assert {buffer.dtype for buffer in loaded.buffers()} == {torch.float32}
+        torch.testing.assert_close(loaded(tile / 255), slide(tile / 255), atol=1e-3, rtol=0)
+
+
+def test_a_state_without_pickle(random_normalize, tile, tmp_path):
+    safetensors.torch.save_file(random_normalize.state_dict(), tmp_path / "state.safetensors")
+    loaded = other_state()
+    loaded.load_state_dict(safetensors.torch.load_file(tmp_path / "state.safetensors"))
+    assert torch.equal(loaded(tile), random_normalize(tile))
+
+
+def test_names_of_layers_in_a_state(random_network, random_normalize, tile):
+    """Those of version 0.1.0."""
+    state = {f"network.{name}": value for name, value in random_network.state_dict().items()}
+    state = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+    loaded = other_state()
+    result = loaded.load_state_dict(state, strict=False)
+    assert result.missing_keys == ["_extra_state"]
+    assert not result.unexpected_keys
+    torch.testing.assert_close(loaded.estimate_offset(tile), random_normalize.estimate_offset(tile))
+
+
+def test_made_without_memory_and_filled_later(random_normalize, tile):
+    with torch.device("meta"):
+        model = nn.Sequential(NormalizeStain.pretrained(), nn.Linear(1, 1))
+    model = model.to("meta")
+    assert model[0](tile.to("meta")).shape == tile.shape
+    state = nn.Sequential(random_normalize, nn.Linear(1, 1)).state_dict()
+    for filled, assign in ((copy.deepcopy(model).to_empty(device="cpu"), False), (model, True)):
+        filled.load_state_dict(state, assign=assign)
+        assert torch.equal(filled[0](tile), random_normalize(tile))
+
+
+def test_a_leaf_for_torch_fx(random_normalize, tile):
+    model = nn.Sequential(random_normalize, nn.Conv2d(3, 4, 3)).eval()
+    image = tile[None] / 255
+    extractor = create_feature_extractor(model, ["0", "1"])
+    assert torch.equal(extractor(image)["0"], random_normalize(image))
+    assert torch.equal(extractor(image)["1"], model(image))
+    with pytest.raises(TypeError, match=r"a leaf for torch\.fx: trace the model that it is in"):
+        torch.fx.symbolic_trace(random_normalize)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda model, image: torch.jit.trace(model, image),
+        lambda model, image: torch.jit.script(model),
+        lambda model, image: torch.onnx.export(model, (image,), io.BytesIO(), dynamo=False),
+    ],
+)
+def test_torchscript_is_refused(random_normalize, tile, build):
+    with pytest.raises(RuntimeError, match=r"TorchScript is not supported.*use torch\.export\.export, or torch\.onnx"):
+        build(nn.Sequential(random_normalize), tile[None] / 255)
+
+
+def test_exported_without_a_wrapper(random_normalize, tile):
+    image = (tile[None] / 255).expand(2, -1, -1, -1)
+    program = torch.export.export(random_normalize, (image,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    more = torch.cat([image, image.flip(-1)])
+    torch.testing.assert_close(program.module()(more), random_normalize(more), atol=1e-4, rtol=0)
+
+
+def test_values_outside_are_cut(random_normalize, tile):
+    image = tile / 255
+    image[:, 0, :5] = torch.tensor([-torch.inf, torch.inf, 1.2, -0.1, 0.5])
+    slide = random_normalize.for_slide([tile])
+    for transform in (random_normalize, slide):
+        for with_gradient in (False, True):
+            out = transform(image.clone().requires_grad_(with_gradient)).detach()
+            torch.testing.assert_close(out, transform(image.clamp(0, 1)), atol=1e-5, rtol=0)
 
 
 def test_the_network_that_was_given_is_not_touched():
@@ -251,11 +381,10 @@ def test_computes_in_float32_under_autocast_and_half(random_normalize, tile):
     assert halved(image.half()).dtype == torch.float16
 
 
-def test_computes_in_float32_whatever_the_default_dtype(random_normalize, tile):
-    network = copy.deepcopy(random_normalize.network)
+def test_computes_in_float32_whatever_the_default_dtype(random_normalize, random_network, tile):
     torch.set_default_dtype(torch.float64)
     try:
-        normalize = NormalizeStain(network.double())
+        normalize = NormalizeStain(random_network.double())
         assert {buffer.dtype for buffer in normalize.buffers()} == {torch.float32}
         assert torch.equal(normalize(tile), random_normalize(tile))
     finally:
@@ -380,7 +509,8 @@ def test_bad_input(transform, sample, error, message):
     ("change", "message"),
     [
         (lambda image: image * 255, "above 2, which are cut to it: divide by 255"),
-        (v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), "below -0.5.*: normalize stains before v2.Norm"),
+        (v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), "below 0.*: normalize stains before v2.Norm"),
+        (lambda image: 2 * (image * 0.8 + 0.15) - 1, "below 0.*: normalize stains before v2.Norm"),  # pale
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -393,6 +523,7 @@ def test_a_range_that_cannot_be_right_is_warned_of_once(random_normalize, tile, 
         random_normalize((images * 1.4).to(dtype))  # a filter that overshoots, and more
         random_normalize(torch.full_like(images, torch.nan))
         random_normalize(tile)
+    assert {warning.filename for warning in caught} == {__file__}
     texts = {str(warning.message) for warning in caught}
     assert any(re.search(message, text) for text in texts)
     assert len(caught) == len(texts) <= 2
