@@ -5,7 +5,7 @@ from kornia.color import rgb_to_lab
 from render_tiles import render_tile
 
 from stainnorm_transform import ColorNormNet, NormalizeStain, weights
-from stainnorm_transform.estimate import mean_offset, small_copy, tissue_sums, tissue_weight
+from stainnorm_transform.estimate import estimate_offset, mean_offset, small_copy, tissue_sums, tissue_weight
 
 NO_TISSUE = [
     "no-tissue.png",
