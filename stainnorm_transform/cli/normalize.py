@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "lines for one output the last counts. The same command again does what is missing: a file is finished if "
         "the list has it and path, size and time of change of the file and of its result are as listed, as are the "
         "weights, the version of the program, and the options that the result depends on; of a slide of several files "
-        "only the one that is opened is compared. Results of files that are gone, or that have another name "
-        "with --ome, stay. Files that cannot be normalized are named at the end, and the exit status is then 1."
+        "only the one that is opened is compared. Results of other weights are replaced with --again only. Results of "
+        "files that are gone, or that have another name with --ome, stay. Files that cannot be normalized are named at the end, and the exit status is then 1."
     )
     add_inputs(parser, "image, slide")
     parser.add_argument(
@@ -64,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "columns input (path or name), offset_a and offset_b, such as an offsets.csv",
     )
     add_device(parser)
-    parser.add_argument("--again", action="store_true", help="normalize finished files again, too")
+    parser.add_argument(
+        "--again", action="store_true", help="normalize finished files again, and those of other weights"
+    )
     parser.add_argument(
         "--overview",
         action="store_true",
@@ -122,7 +124,7 @@ def _positive(text: str) -> int:
 def run(options: argparse.Namespace) -> int:
     """Normalizes as the options say; returns the exit status."""
     reserved = [OVERVIEW] * options.overview + [MANIFEST] * options.ray
-    plan = make_plan(_settings(options), options.inputs, reserved)
+    plan = make_plan(_settings(options), options.inputs, reserved, options.again)
     if options.ray:
         check_manifest(plan.normalizer.settings.out)
     options.out.mkdir(parents=True, exist_ok=True)

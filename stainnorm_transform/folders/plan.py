@@ -46,16 +46,18 @@ class Plan:
         return work
 
 
-def make_plan(settings: Settings, inputs: Sequence[Path], reserved: Sequence[str] = ()) -> Plan:
-    """Finds the files of a run, and refuses what would overwrite files that are no results.
+def make_plan(settings: Settings, inputs: Sequence[Path], reserved: Sequence[str] = (), again: bool = False) -> Plan:
+    """Finds the files of a run, and refuses what would overwrite files that are no results, or those of another target.
 
     Args:
         settings: how files are normalized.
         inputs: files and folders.
         reserved: names in the output folder that are taken, besides that of the record.
+        again: whether results of other weights may be replaced.
 
     Raises:
-        ValueError: an input does not exist, there is no image, an output is taken, or the settings cannot be used.
+        ValueError: an input does not exist, there is no image, an output is taken, the settings cannot be used, or
+            there are results of other weights.
         ImportError: a file is a slide, and the packages for slides are not installed.
         OSError: a folder, the weights or the record cannot be read.
     """
@@ -80,6 +82,12 @@ def make_plan(settings: Settings, inputs: Sequence[Path], reserved: Sequence[str
                 f"{path} would be written to {output}, which is there and was not made by this command: choose another "
                 "output folder, or remove it"
             )
+    others = [name for output in there.values() if (name := normalizer.record.other_weights(output))]
+    if others and not again:
+        raise ValueError(
+            f"{len(others)} of the results in {out} were made with other weights ({others[0]}): add --again to replace "
+            "them, or choose another output folder"
+        )
     return Plan(normalizer, outputs)
 
 

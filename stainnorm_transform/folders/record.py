@@ -108,6 +108,15 @@ class Record:
         """Whether there is a line for this file: whether it is a result, and may be replaced."""
         return self._name(output) in self.lines
 
+    def other_weights(self, output: Path) -> str | None:
+        """The target and digest of the weights that made a result, if they are others than these."""
+        # "stainnorm", version, target, digest, and what else it depends on.
+        ours, theirs = (text.partition(" ")[2].partition(" ")[2] for text in (self.made_by, self._made_by(output)))
+        return None if f"{theirs} ".startswith(f"{ours} ") else theirs
+
+    def _made_by(self, output: Path) -> str:
+        return self.lines[self._name(output)][FIELDS.index("made_by")]
+
     def is_current(self, path: Path, output: Path, how: str = "") -> bool:
         """Whether ``output`` is there as it was made, from ``path`` as it is now, in the same way.
 

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 
 import pytest
 import torch
@@ -53,7 +54,12 @@ def test_only_what_changed_is_done_again(run, tmp_path, trained, random_normaliz
     with torch.no_grad():
         random_network.head.bias += 0.1
     weights.save(random_network, trained, TrainConfig(), target="test")
-    assert done() == everything
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    assert run(tmp_path / "in") == 2
+    message = r"5 of the results in .* were made with other weights \(test [0-9a-f]{12}\): add --again"
+    assert re.search(message, capsys.readouterr().err)
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    assert done(["--again"]) == everything
     for tile, row in zip(tiles, rows(out)[-5:], strict=True):
         offset = estimate_offset(random_network, read(tile))
         assert [float(row["offset_a"]), float(row["offset_b"])] == pytest.approx(offset[1:].tolist(), abs=1e-3)
@@ -153,9 +159,10 @@ def test_the_last_of_two_runs_with_other_weights_counts(run, tmp_path, trained, 
         assert run(path) == 0
     capsys.readouterr()
     # The file is ours, and the last line that of the other: neither takes it for its own.
-    for chosen in (trained, tmp_path / "b.safetensors"):
-        assert run(path, options=["--weights", str(chosen)]) == 0
-        assert "earlier" not in capsys.readouterr().out
+    assert run(path) == 2
+    assert "other weights" in capsys.readouterr().err
+    assert run(path, options=["--weights", str(tmp_path / "b.safetensors")]) == 0
+    assert "earlier" not in capsys.readouterr().out
     assert torch.equal(read(tmp_path / "out/a.png"), NormalizeStain(random_network)(render_tile()))
 
 
