@@ -1,6 +1,6 @@
 """Features of the tissue of an archive of slides, in the colors of the target, on a Ray cluster: a task a slide.
 
-pip install "stainnorm-transform[slides,ray]" && python examples/ray_features.py slides --out features --gpus 1
+pip install ".[slides,ray]" && python examples/ray_features.py slides --out features --gpus 1
 
 Every slide becomes a file of features (N, 2048) and corners (N, 2), as safetensors. Tasks whose process dies are begun
 again; slides whose file is there are left out, so that the same command goes on where it stopped.

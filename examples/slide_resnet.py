@@ -1,6 +1,6 @@
 """Runs a ResNet-50 over the tissue of a slide, in the colors of the target: nothing is written.
 
-pip install "stainnorm-transform[slides]" && python examples/slide_resnet.py slide.svs
+pip install ".[slides]" && python examples/slide_resnet.py slide.svs
 """
 
 import argparse

@@ -196,9 +196,9 @@ def stainnorm(arguments):
     assert ("--overview" in arguments) == (out / "overview.png").is_file()
 
 
-def help_of(command):
+def help_of(*command):
     with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
-        main([command, "--help"])
+        main([*command, "--help"])
     return out.getvalue()
 
 
@@ -304,7 +304,7 @@ def test_calls_are_as_bash_reads_them(tmp_path):
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_options_in_the_text_exist(path):
-    known = set(re.findall(r"--[a-z][\w-]*", help_of("normalize") + help_of("train")))
+    known = set(re.findall(r"--[a-z][\w-]*", help_of() + help_of("normalize") + help_of("train")))
     known |= {name for script in EXAMPLES for names, _ in declared(script) for name in names}
     used = {option for code in inline_code(path) for option in re.findall(r"(?<!\S)--[a-z][\w-]*", code)}
     assert used - {"--hypothesis-profile"} <= known

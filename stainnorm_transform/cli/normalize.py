@@ -20,7 +20,7 @@ from stainnorm_transform.folders.normalizer import FileNormalizer, Settings
 from stainnorm_transform.folders.offsets import Offsets
 from stainnorm_transform.folders.outcome import FULL, Outcome
 from stainnorm_transform.folders.plan import Plan, make_plan
-from stainnorm_transform.folders.ray import MANIFEST, check_manifest, normalize_by_ray, write_manifest
+from stainnorm_transform.folders.ray import MANIFEST, check_manifest, normalize_by_ray, package, write_manifest
 from stainnorm_transform.resources import cores
 from stainnorm_transform.slides import SlideFormat
 
@@ -32,12 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command, and its description."""
     parser.description = (
         "Gives H&E images (PNG, JPEG, TIFF; 8-bit RGB or RGBA) and whole slides (what OpenSlide reads, and "
-        'OME-TIFF; pip install "stainnorm-transform[slides]") the colors of the target. Every image gets one a*, b* '
+        'OME-TIFF; in a clone, pip install ".[slides]") the colors of the target. Every image gets one a*, b* '
         "offset of its own, so tiles of one slide may differ a little; a slide gets one as a whole, from a sample of "
         "its tissue. Lightness and white glass (L* > 97) stay, and what has no tissue keeps its colors. Resolution, "
         "ICC profile and transparency are kept. Of images, JPEG is written at quality 95 without chroma subsampling, "
         "TIFF without loss. Slides become tiled pyramidal BigTIFF; their label, and the image of the whole glass, "
-        "which shows it, are left out. Files of other kinds in a folder are left out."
+        "which shows it, are left out. Files of other kinds in a folder are left out, and "
+        "counted; folders in it that hold results of this command are not searched."
     )
     parser.epilog = (
         "DIR/offsets.csv lists each file, by its full path, with the offset that was taken from it; of several lines "
@@ -112,7 +113,7 @@ def _add_slide_options(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="one task a file on the Ray cluster at RAY_ADDRESS, or else on this machine; all must see INPUT, weights "
         "and DIR under the same paths "
-        f'(pip install "stainnorm-transform[ray]"). Results are also listed in DIR/{MANIFEST}',
+        f'(in a clone, pip install ".[ray]"). Results are also listed in DIR/{MANIFEST}',
     )
 
 
@@ -127,6 +128,7 @@ def run(options: argparse.Namespace) -> int:
     reserved = [OVERVIEW] * options.overview + [MANIFEST] * options.ray
     plan = make_plan(_settings(options), options.inputs, reserved, options.again)
     if options.ray:
+        package()
         check_manifest(plan.normalizer.settings.out)
     options.out.mkdir(parents=True, exist_ok=True)
     for folder in {output.parent for output in plan.outputs.values()}:
@@ -206,6 +208,9 @@ def _report(plan: Plan, outcomes: Mapping[Path, Outcome], out: Path) -> None:
     by_earlier = f", {earlier} of them by an earlier run" if earlier else ""
     target = plan.normalizer.transform.target
     print(f"{len(good)} of {len(plan.outputs)} images normalized to {target!r} in {printable(str(out))}{by_earlier}")
+    if plan.left_out:
+        kinds = ", ".join(f"{count} {kind or 'without a suffix'}" for kind, count in sorted(plan.left_out.items()))
+        print(f"Left out, as they are neither images nor slides that can be read: {printable(kinds)}")
     for path in good:
         if outcomes[path].note:
             print(printable(f"  {path}: {outcomes[path].note}"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,10 +23,12 @@ class Plan:
     Attributes:
         normalizer: what makes a result of a file.
         outputs: the result of each file.
+        left_out: how many files in folders are neither images nor slides, by suffix.
     """
 
     normalizer: FileNormalizer
     outputs: dict[Path, Path]
+    left_out: dict[str, int]
 
     def unfinished(self, again: bool, outcomes: dict[Path, Outcome]) -> dict[Path, Path]:
         """The files that are to be done, with their outputs.
@@ -68,7 +71,8 @@ def make_plan(settings: Settings, inputs: Sequence[Path], reserved: Sequence[str
         if folder.is_dir() and out.is_dir() and folder.samefile(out):
             raise ValueError(f"{folder} is an input, whose files would be overwritten: choose another output folder")
     normalizer = FileNormalizer(settings)
-    found = find(inputs, skip=out, suffixes=SUFFIXES + formats.SUFFIXES)
+    left_out: collections.Counter[str] = collections.Counter()
+    found = find(inputs, out, SUFFIXES + formats.SUFFIXES, left_out)
     named = {path: normalizer.output_name(path, found[path]) for path in formats.without_parts(found)}
     outputs = place(named, out, [record.NAME, *reserved])
     if any(is_slide(path) for path in outputs):
@@ -88,18 +92,25 @@ def make_plan(settings: Settings, inputs: Sequence[Path], reserved: Sequence[str
             f"{len(others)} of the results in {out} were made with other weights ({others[0]}): add --again to replace "
             "them, or choose another output folder"
         )
-    return Plan(normalizer, outputs)
+    return Plan(normalizer, outputs, left_out)
 
 
-def find(inputs: Sequence[Path], skip: Path | None = None, suffixes: tuple[str, ...] = SUFFIXES) -> dict[Path, Path]:
+def find(
+    inputs: Sequence[Path],
+    skip: Path | None = None,
+    suffixes: tuple[str, ...] = SUFFIXES,
+    left_out: collections.Counter[str] | None = None,
+) -> dict[Path, Path]:
     """The images among files and in folders, searched recursively: real path -> path below its input folder.
 
-    Links to folders are not followed.
+    Links to folders are not followed. Folders below a given one that hold results of ``stainnorm normalize`` are not
+    searched.
 
     Args:
         inputs: images and folders.
         skip: a folder not to search.
         suffixes: of images in folders.
+        left_out: gets the number of files in folders that have other suffixes, by suffix.
 
     Raises:
         ValueError: an input does not exist, or there is no image.
@@ -111,7 +122,7 @@ def find(inputs: Sequence[Path], skip: Path | None = None, suffixes: tuple[str, 
     for given in inputs:
         if not given.exists():
             raise ValueError(f"{given} does not exist")
-        for path in _walk(given, skipped, suffixes) if given.is_dir() else [given]:
+        for path in _walk(given, skipped, suffixes, left_out) if given.is_dir() else [given]:
             below = path.relative_to(given) if given.is_dir() else Path(path.name)
             # Not abspath, for which link/../a is ./a.
             found.setdefault(Path(real(path.parent), path.name), below)
@@ -157,12 +168,23 @@ def _identity(path: str | os.PathLike[str]) -> object:
     return state.st_dev, state.st_ino
 
 
-def _walk(folder: Path, skip: object, suffixes: tuple[str, ...]) -> Iterator[Path]:
+def _walk(
+    folder: Path, skip: object, suffixes: tuple[str, ...], left_out: collections.Counter[str] | None
+) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise error
 
+    def is_searched(path: Path) -> bool:
+        is_data = path.with_name(f"{path.name}.mrxs").is_file()  # of a MIRAX slide
+        return not is_data and not record.is_of_results(path) and (skip is None or _identity(path) != skip)
+
     for where, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(name for name in folders if skip is None or _identity(os.path.join(where, name)) != skip)
+        folders[:] = sorted(name for name in folders if is_searched(Path(where, name)))
         for name in sorted(files):
-            if name.lower().endswith(suffixes) and not name.startswith("."):
-                yield Path(where) / name
+            path = Path(where, name)
+            if name.startswith("."):
+                continue
+            if name.lower().endswith(suffixes):
+                yield path
+            elif left_out is not None:
+                left_out[path.suffix.lower()] += 1

@@ -23,6 +23,19 @@ AHEAD = 1000
 HEADER = ["input", "output", "status", "seconds", "message"]
 
 
+def package() -> Any:
+    """Ray.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError(f'--ray takes Ray: pip install ".[ray]" in a clone ({error})') from error
+    return ray
+
+
 def normalize_by_ray(settings: Settings, work: Mapping[Path, Path], again: bool) -> Generator[tuple[Path, Outcome]]:
     """Normalizes files in tasks of their own; yields each with its outcome, in the order in which they end.
 
@@ -38,10 +51,7 @@ def normalize_by_ray(settings: Settings, work: Mapping[Path, Path], again: bool)
         ImportError: Ray is not installed.
         ValueError: no machine of the cluster has as many CPUs as a task takes.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise ImportError(f'--ray takes Ray: pip install "stainnorm-transform[ray]" ({error})') from error
+    ray = package()
     if not work:
         return
     started = not ray.is_initialized()
@@ -50,7 +60,7 @@ def normalize_by_ray(settings: Settings, work: Mapping[Path, Path], again: bool)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     try:
-        most = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]
+        most = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
         if settings.threads > most:
             raise ValueError(f"no machine of the cluster has {settings.threads} CPUs, but {most:g}: choose --threads")
         gpus = 1 if settings.device is not None and settings.device.startswith("cuda") else 0

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from stainnorm_transform.files import locked
+from stainnorm_transform.files import check_regular, locked
 
 NAME = "offsets.csv"
 FIELDS = (
@@ -27,6 +27,16 @@ FIELDS = (
     "output_mtime_ns",
 )
 Source = tuple[str, str, str, str]
+
+
+def is_of_results(folder: Path) -> bool:
+    """Whether a folder has a record, so that its images are results."""
+    try:
+        check_regular(folder / NAME)
+        with (folder / NAME).open("rb") as file:
+            return file.readline(1000).rstrip() == ",".join(FIELDS).encode()
+    except (OSError, ValueError):
+        return False
 
 
 class Record:

@@ -1,6 +1,6 @@
 """Which files are slides, and what opens them.
 
-OpenSlide does, and tiffslide those that are OME-TIFF: ``pip install "stainnorm-transform[slides]"``.
+OpenSlide does, and tiffslide those that are OME-TIFF: ``pip install ".[slides]"`` in a clone.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def packages() -> tuple[Any, Any, Any]:
         import tifffile
         import tiffslide
     except (ImportError, OSError) as error:
-        raise ImportError(f'slides take more packages: pip install "stainnorm-transform[slides]" ({error})') from error
+        raise ImportError(f'slides take more packages: pip install ".[slides]" in a clone ({error})') from error
     return openslide, tifffile, tiffslide
 
 

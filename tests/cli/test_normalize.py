@@ -335,6 +335,31 @@ def test_the_command_is_installed():
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == f"stainnorm {__version__}\n"
 
 
+def test_what_is_left_out_is_counted_by_kind(run, tmp_path, capsys):
+    folder = tmp_path / "in"
+    save(folder / "a.png")
+    (folder / "deeper").mkdir()
+    for name in ("b.BMP", "deeper/c.bmp", "e.vsi", "notes", ".hidden"):
+        (folder / name).write_bytes(b"x")
+    save(folder / "slide/data.png")  # as a MIRAX slide has them
+    (folder / "slide.mrxs").write_bytes(b"x")
+    assert run(folder) == 1
+    printed = capsys.readouterr().out
+    assert "1 of 2 images normalized" in printed
+    assert "neither images nor slides that can be read: 1 without a suffix, 2 .bmp, 1 .vsi\n" in printed
+    assert run(folder / "a.png") == 0
+    assert "Left out" not in capsys.readouterr().out
+
+
+def test_results_below_an_input_folder_are_no_inputs(run, tmp_path):
+    save(tmp_path / "in/a.png")
+    assert run(tmp_path / "in", out="in/first") == 0
+    assert run(tmp_path / "in", out="in/second") == 0
+    assert {path.name for path in (tmp_path / "in/second").iterdir()} == {"a.png", "offsets.csv"}
+    # Given by name, they are.
+    assert run(tmp_path / "in/first", out="again") == 0
+
+
 @pytest.mark.parametrize("folder", ["edge_cases", "monuseg/images"])
 def test_real_images_go_through(data, run, tmp_path, folder):
     assert run(data / folder) == 0
