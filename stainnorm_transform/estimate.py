@@ -23,7 +23,7 @@ MAX_SCALE = 8
 
 # Large images are read in strips of about this many pixels, so that no copy of the whole is made.
 _STRIP_PIXELS = 1 << 18
-# On CUDA, those of a whole batch.
+# On CUDA, strips have about this many pixels over the whole batch.
 _CUDA_STRIP_PIXELS = 1 << 24
 
 # Tissue is neither white glass nor black, ...
@@ -164,7 +164,7 @@ def _windows(length: int, step: int, unit: int, device: torch.device) -> Tensor:
     start = index * step // unit
     end = ((index * step + step + unit - 1) // unit).clamp(max=length)
     pixel = torch.arange(length, device=device)
-    return ((start <= pixel) & (pixel < end)) / (end - start)
+    return ((start <= pixel) & (pixel < end)).float() / (end - start)
 
 
 def _block_mean(image: Tensor, block: int) -> Tensor:
@@ -191,12 +191,13 @@ def tissue_weight(lab: Tensor) -> Tensor:
 
     Tissue counts the more the darker it is; glass, black, grey and pen count nothing.
     """
-    lightness, chroma = lab[:, :1], lab[:, 1:2] ** 2 + lab[:, 2:] ** 2
-    local_mean = _box_sum(lightness, 3) / _box_sum(torch.ones_like(lightness), 3)
-    textured = _box_sum((lightness - local_mean).abs() - TISSUE_TEXTURE * (100 - lightness), 9) > 0
-    low, high = TISSUE_LIGHTNESS
-    tissue = (lightness > low) & (chroma > TISSUE_CHROMA**2) & textured
-    return tissue * ((high - lightness) / (high - low)).clamp(0, 1) ** DARKNESS_POWER
+    with without_autocast(lab):
+        lightness, chroma = lab[:, :1], lab[:, 1:2] ** 2 + lab[:, 2:] ** 2
+        local_mean = _box_sum(lightness, 3) / _box_sum(torch.ones_like(lightness), 3)
+        textured = _box_sum((lightness - local_mean).abs() - TISSUE_TEXTURE * (100 - lightness), 9) > 0
+        low, high = TISSUE_LIGHTNESS
+        tissue = (lightness > low) & (chroma > TISSUE_CHROMA**2) & textured
+        return tissue * ((high - lightness) / (high - low)).clamp(0, 1) ** DARKNESS_POWER
 
 
 def _box_sum(image: Tensor, size: int) -> Tensor:

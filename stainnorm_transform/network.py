@@ -129,7 +129,7 @@ class FrozenColorNormNet(nn.Module):
             state_dict[prefix + _flat(name[len(prefix) :])] = state_dict.pop(name)
         super()._load_from_state_dict(state_dict, prefix, *rest)
         for name, tensor in self.named_buffers():
-            # With assign=True they are those of the state.
+            # With assign=True the buffers are the state's own tensors: of its dtype, and perhaps parameters.
             setattr(self, name, tensor.detach().float())
 
 

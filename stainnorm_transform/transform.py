@@ -110,6 +110,8 @@ class NormalizeStain(_ImageTransform):
 
     offset: Tensor | None
 
+    # Tensors made in inference mode could not pass gradients later.
+    @torch.inference_mode(False)
     def __init__(
         self,
         network: ColorNormNet | FrozenColorNormNet,
@@ -121,9 +123,8 @@ class NormalizeStain(_ImageTransform):
     ) -> None:
         super().__init__()
         if type(network) not in (ColorNormNet, FrozenColorNormNet):
-            raise TypeError(
-                f"expected a ColorNormNet, got {type(network).__name__}: pretrained() takes a name or a path"
-            )
+            hint = ": pretrained() takes a name or a path" if isinstance(network, str | os.PathLike) else ""
+            raise TypeError(f"expected a ColorNormNet, and no other class, got {type(network).__name__}{hint}")
         if offset is not None:
             if not isinstance(offset, Tensor):
                 raise TypeError(f"expected an offset tensor, got {type(offset).__name__}")
@@ -235,15 +236,29 @@ class NormalizeStain(_ImageTransform):
         return torch.tensor(list(json.dumps(extra).encode()), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Takes what ``get_extra_state`` returned."""
-        extra = json.loads(bytes(state.tolist()))
-        self.preserve_white, self.target, self.recipe = (extra[name] for name in ("preserve_white", "target", "recipe"))
+        """Takes what ``get_extra_state`` returned.
+
+        Raises:
+            RuntimeError: it is something else.
+        """
+        if state.is_meta:
+            return
+        try:
+            # Averages of states are floating point.
+            extra = json.loads(bytes(state.to(torch.uint8).tolist()))
+            preserve_white, target, recipe = (extra[name] for name in ("preserve_white", "target", "recipe"))
+        except (ValueError, KeyError, TypeError) as error:
+            raise RuntimeError("the _extra_state in the state is not that of a NormalizeStain") from error
+        self.preserve_white, self.target, self.recipe = bool(preserve_white), str(target), str(recipe)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # Whether an offset is fixed is part of the state.
         if any(name.startswith(f"{prefix}network.") for name in state_dict):
             fixed = f"{prefix}offset" in state_dict
             self.offset = torch.zeros(3, dtype=torch.float32, device=self.network.device) if fixed else None
+        if f"{prefix}network.stem.weight" in state_dict:
+            # A state of version 0.1.0 does not say more.
+            state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if self.offset is not None:
             self.offset = self.offset.detach().float()

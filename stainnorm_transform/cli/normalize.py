@@ -6,7 +6,8 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Generator, Mapping
+from collections import Counter
+from collections.abc import Collection, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,6 +27,8 @@ from stainnorm_transform.slides import SlideFormat
 
 OVERVIEW = "overview.png"
 RAY_THREADS = 2
+# Of files that are left out, this many kinds are named.
+KINDS = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +88,8 @@ def _add_slide_options(group: argparse._ArgumentGroup) -> None:
         type=int,
         default=SlideFormat.quality,
         metavar="Q",
-        help="JPEG quality, 1 to 100; color is subsampled 4:2:2, below 90 4:2:0 (default: %(default)s)",
+        help="JPEG quality, 1 to 100; color has half the resolution across (4:2:2), below 90 also down (4:2:0) "
+        "(default: %(default)s)",
     )
     compression.add_argument("--lossless", action="store_true", help="compress without loss: 3 to 5 times as large")
     group.add_argument(
@@ -208,12 +212,29 @@ def _report(plan: Plan, outcomes: Mapping[Path, Outcome], out: Path) -> None:
     by_earlier = f", {earlier} of them by an earlier run" if earlier else ""
     target = plan.normalizer.transform.target
     print(f"{len(good)} of {len(plan.outputs)} images normalized to {target!r} in {printable(str(out))}{by_earlier}")
-    if plan.left_out:
-        kinds = ", ".join(f"{count} {kind or 'without a suffix'}" for kind, count in sorted(plan.left_out.items()))
-        print(f"Left out, as they are neither images nor slides that can be read: {printable(kinds)}")
+    for line in _left_out(plan.left_out):
+        print(printable(line))
     for path in good:
         if outcomes[path].note:
             print(printable(f"  {path}: {outcomes[path].note}"))
     failed = [f"{path}: {outcome.error}" for path, outcome in outcomes.items() if outcome.error]
     if failed:
         print(f"{len(failed)} failed:", *map(printable, failed), sep="\n  ", file=sys.stderr)
+
+
+def _left_out(paths: Collection[Path]) -> Iterator[str]:
+    """What is said of files of other kinds and of folders of results."""
+    folders = sorted(path for path in paths if path.is_dir())
+    kinds = Counter(path.suffix.lower() for path in paths if path not in folders)
+    # Names such as IM.0001 have no suffix that says a kind.
+    named = [
+        (kind, count) for kind, count in kinds.most_common(KINDS) if 1 < len(kind) <= 6 and not kind[1:].isdecimal()
+    ]
+    if others := sum(kinds.values()) - sum(count for _, count in named):
+        named.append(("others", others))
+    if kinds:
+        counts = ", ".join(f"{count} {kind}" for kind, count in named)
+        yield f"Left out {sum(kinds.values())} files of kinds that are not read: {counts}"
+    if folders:
+        yield "Not searched, as they hold results of this command (to normalize them, name them as INPUT):"
+        yield from (f"  {folder}" for folder in folders)

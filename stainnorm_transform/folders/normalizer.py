@@ -157,6 +157,6 @@ def _finite(offset: torch.Tensor) -> torch.Tensor:
 
 def _made_by(transform: NormalizeStain) -> str:
     digest = hashlib.sha256(str(transform.preserve_white).encode())
-    for tensor in transform.state_dict().values():
+    for tensor in transform.buffers():
         digest.update(tensor.cpu().numpy().tobytes())
     return f"stainnorm {__version__} {transform.target} {digest.hexdigest()[:12]}"

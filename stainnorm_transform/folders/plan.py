@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,24 +22,27 @@ class Plan:
     Attributes:
         normalizer: what makes a result of a file.
         outputs: the result of each file.
-        left_out: how many files in folders are neither images nor slides, by suffix.
+        left_out: files of other kinds, and folders of results, in the folders that were searched.
+        replaces: whether some outputs are there by other weights.
     """
 
     normalizer: FileNormalizer
     outputs: dict[Path, Path]
-    left_out: dict[str, int]
+    left_out: set[Path]
+    replaces: bool
 
     def unfinished(self, again: bool, outcomes: dict[Path, Outcome]) -> dict[Path, Path]:
         """The files that are to be done, with their outputs.
 
         Args:
-            again: whether finished files are done again.
+            again: whether finished files are done again. Where results of other weights are replaced they are not, so
+                that a run that was interrupted goes on.
             outcomes: gets those of the files that are finished, or cannot be done.
         """
         work = {}
         for path, output in self.outputs.items():
             try:
-                if again or not self.normalizer.is_current(path, output):
+                if (again and not self.replaces) or not self.normalizer.is_current(path, output):
                     work[path] = output
                 else:
                     outcomes[path] = Outcome(earlier=True)
@@ -50,7 +52,7 @@ class Plan:
 
 
 def make_plan(settings: Settings, inputs: Sequence[Path], reserved: Sequence[str] = (), again: bool = False) -> Plan:
-    """Finds the files of a run, and refuses what would overwrite files that are no results, or those of another target.
+    """Finds the files of a run, and refuses to overwrite files that are no results, and results of other weights.
 
     Args:
         settings: how files are normalized.
@@ -71,7 +73,7 @@ def make_plan(settings: Settings, inputs: Sequence[Path], reserved: Sequence[str
         if folder.is_dir() and out.is_dir() and folder.samefile(out):
             raise ValueError(f"{folder} is an input, whose files would be overwritten: choose another output folder")
     normalizer = FileNormalizer(settings)
-    left_out: collections.Counter[str] = collections.Counter()
+    left_out: set[Path] = set()
     found = find(inputs, out, SUFFIXES + formats.SUFFIXES, left_out)
     named = {path: normalizer.output_name(path, found[path]) for path in formats.without_parts(found)}
     outputs = place(named, out, [record.NAME, *reserved])
@@ -92,14 +94,14 @@ def make_plan(settings: Settings, inputs: Sequence[Path], reserved: Sequence[str
             f"{len(others)} of the results in {out} were made with other weights ({others[0]}): add --again to replace "
             "them, or choose another output folder"
         )
-    return Plan(normalizer, outputs, left_out)
+    return Plan(normalizer, outputs, left_out, bool(others))
 
 
 def find(
     inputs: Sequence[Path],
     skip: Path | None = None,
     suffixes: tuple[str, ...] = SUFFIXES,
-    left_out: collections.Counter[str] | None = None,
+    left_out: set[Path] | None = None,
 ) -> dict[Path, Path]:
     """The images among files and in folders, searched recursively: real path -> path below its input folder.
 
@@ -110,7 +112,7 @@ def find(
         inputs: images and folders.
         skip: a folder not to search.
         suffixes: of images in folders.
-        left_out: gets the number of files in folders that have other suffixes, by suffix.
+        left_out: gets the files in folders that have other suffixes, and the folders of results.
 
     Raises:
         ValueError: an input does not exist, or there is no image.
@@ -168,18 +170,21 @@ def _identity(path: str | os.PathLike[str]) -> object:
     return state.st_dev, state.st_ino
 
 
-def _walk(
-    folder: Path, skip: object, suffixes: tuple[str, ...], left_out: collections.Counter[str] | None
-) -> Iterator[Path]:
+def _walk(folder: Path, skip: object, suffixes: tuple[str, ...], left_out: set[Path] | None) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise error
 
-    def is_searched(path: Path) -> bool:
-        is_data = path.with_name(f"{path.name}.mrxs").is_file()  # of a MIRAX slide
-        return not is_data and not record.is_of_results(path) and (skip is None or _identity(path) != skip)
-
     for where, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(name for name in folders if is_searched(Path(where, name)))
+        slides = {name[:-5] for name in files if name.lower().endswith(".mrxs")}
+        for name in sorted(folders):
+            path = Path(where, name)
+            if name in slides or (skip is not None and _identity(path) == skip):
+                folders.remove(name)
+            elif record.is_of_results(path):
+                folders.remove(name)
+                if left_out is not None:
+                    left_out.add(path)
+        folders.sort()
         for name in sorted(files):
             path = Path(where, name)
             if name.startswith("."):
@@ -187,4 +192,4 @@ def _walk(
             if name.lower().endswith(suffixes):
                 yield path
             elif left_out is not None:
-                left_out[path.suffix.lower()] += 1
+                left_out.add(path)

@@ -32,7 +32,9 @@ def package() -> Any:
     try:
         import ray
     except ImportError as error:
-        raise ImportError(f'--ray takes Ray: pip install ".[ray]" in a clone ({error})') from error
+        raise ImportError(
+            f'--ray needs Ray: in a clone of the repository, run pip install ".[ray]" ({error})'
+        ) from error
     return ray
 
 

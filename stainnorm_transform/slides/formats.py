@@ -90,7 +90,9 @@ def packages() -> tuple[Any, Any, Any]:
         import tifffile
         import tiffslide
     except (ImportError, OSError) as error:
-        raise ImportError(f'slides take more packages: pip install ".[slides]" in a clone ({error})') from error
+        raise ImportError(
+            f'slides need more packages: in a clone of the repository, run pip install ".[slides]" ({error})'
+        ) from error
     return openslide, tifffile, tiffslide
 
 

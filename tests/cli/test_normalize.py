@@ -339,22 +339,24 @@ def test_what_is_left_out_is_counted_by_kind(run, tmp_path, capsys):
     folder = tmp_path / "in"
     save(folder / "a.png")
     (folder / "deeper").mkdir()
-    for name in ("b.BMP", "deeper/c.bmp", "e.vsi", "notes", ".hidden"):
+    for name in ("b.BMP", "deeper/c.bmp", "e.vsi", "notes", "IM.0001", "IM.0002", ".hidden"):
         (folder / name).write_bytes(b"x")
     save(folder / "slide/data.png")  # as a MIRAX slide has them
     (folder / "slide.mrxs").write_bytes(b"x")
     assert run(folder) == 1
     printed = capsys.readouterr().out
     assert "1 of 2 images normalized" in printed
-    assert "neither images nor slides that can be read: 1 without a suffix, 2 .bmp, 1 .vsi\n" in printed
+    assert "Left out 6 files of kinds that are not read: 2 .bmp, 1 .vsi, 3 others\n" in printed
     assert run(folder / "a.png") == 0
     assert "Left out" not in capsys.readouterr().out
 
 
-def test_results_below_an_input_folder_are_no_inputs(run, tmp_path):
+def test_results_below_an_input_folder_are_no_inputs(run, tmp_path, capsys):
     save(tmp_path / "in/a.png")
     assert run(tmp_path / "in", out="in/first") == 0
+    capsys.readouterr()
     assert run(tmp_path / "in", out="in/second") == 0
+    assert f"(to normalize them, name them as INPUT):\n  {tmp_path}/in/first\n" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "in/second").iterdir()} == {"a.png", "offsets.csv"}
     # Given by name, they are.
     assert run(tmp_path / "in/first", out="again") == 0

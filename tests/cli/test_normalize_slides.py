@@ -243,7 +243,10 @@ def test_slides_without_the_packages_are_named(run, tmp_path, monkeypatch, capsy
     save(tmp_path / "in/c.png")
     monkeypatch.setitem(sys.modules, "openslide", None)
     assert run(tmp_path / "in") == 2
-    assert 'slides take more packages: pip install ".[slides]" in a clone' in capsys.readouterr().err
+    assert (
+        'slides need more packages: in a clone of the repository, run pip install ".[slides]"'
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "out").exists()
 
 

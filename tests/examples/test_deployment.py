@@ -16,10 +16,6 @@ def before_a_model():
     return nn.Sequential(NormalizeStain.pretrained(), *layers)
 
 
-def alone():
-    return nn.Sequential(NormalizeStain.pretrained())
-
-
 @needs_exporters
 @pytest.mark.filterwarnings("ignore")
 def test_an_exported_program_does_the_same_at_any_size():
@@ -29,10 +25,9 @@ def test_an_exported_program_does_the_same_at_any_size():
 
 @needs_exporters
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [alone, before_a_model])
 @pytest.mark.filterwarnings("ignore")
-def test_exported_files_do_the_same_at_any_size(make, tmp_path):
-    model = make().eval()
+def test_exported_files_do_the_same_at_any_size(tmp_path):
+    model = before_a_model().eval()
     written = deploy.deploy(model, tmp_path)
     assert [path.name for path in written] == ["model.pt2", "model.onnx"]
     for run in written.values():
@@ -42,11 +37,18 @@ def test_exported_files_do_the_same_at_any_size(make, tmp_path):
 @needs_exporters
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_the_example_as_it_is_run(tmp_path, monkeypatch, capsys):
-    """A ResNet-50 behind it, and compiled ahead of time."""
-    monkeypatch.setattr("sys.argv", ["deploy.py", "--out", str(tmp_path), "--resnet50", "--aoti"])
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        (["--resnet50"], ["model.pt2", "model.onnx"]),
+        (["--aoti"], ["model.pt2", "model.onnx", "model_aoti.pt2"]),
+    ],
+)
+def test_the_example_as_it_is_run(tmp_path, monkeypatch, capsys, options, names):
+    """Before a ResNet-50, and compiled ahead of time."""
+    monkeypatch.setattr("sys.argv", ["deploy.py", "--out", str(tmp_path), *options])
     torch.manual_seed(0)
     deploy.main()
     printed = re.findall(r"(\S+): differs by at most (\S+)", capsys.readouterr().out)
-    assert [path.rpartition("/")[2] for path, _ in printed] == ["model.pt2", "model.onnx", "model_aoti.pt2"]
+    assert [path.rpartition("/")[2] for path, _ in printed] == names
     assert all(float(difference) < 1e-4 for _, difference in printed)

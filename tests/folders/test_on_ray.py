@@ -112,7 +112,7 @@ def test_without_ray_it_is_said_what_to_install(run, tmp_path, monkeypatch, caps
     save(tmp_path / "in/tile.png")
     monkeypatch.setitem(sys.modules, "ray", None)
     assert run(tmp_path / "in", options=["--ray"]) == 2
-    assert 'pip install ".[ray]" in a clone' in capsys.readouterr().err
+    assert 'run pip install ".[ray]"' in capsys.readouterr().err
 
 
 @pytest.mark.slow

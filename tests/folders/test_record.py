@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,14 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from stainnorm_transform import NormalizeStain, TrainConfig, __version__, weights
 from stainnorm_transform.estimate import estimate_offset
-from stainnorm_transform.folders import images, record
+from stainnorm_transform.folders import FileNormalizer, Settings, images, record
+
+
+def test_shipped_weights_are_told_as_ever():
+    """Or all results would seem to be of other weights."""
+    assert FileNormalizer(Settings(Path("out"), "camelyon17")).record.made_by.endswith(
+        " camelyon17-center1 f7653f2d36e6"
+    )
 
 
 def test_no_line_is_cut_by_a_full_disk(tmp_path, monkeypatch):
@@ -59,7 +67,9 @@ def test_only_what_changed_is_done_again(run, tmp_path, trained, random_normaliz
     message = r"5 of the results in .* were made with other weights \(test [0-9a-f]{12}\): add --again"
     assert re.search(message, capsys.readouterr().err)
     assert {path: path.read_bytes() for path in out.iterdir()} == before
-    assert done(["--again"]) == everything
+    # As if a run that replaces them had been interrupted.
+    assert run(tiles[0], options=["--again"]) == 0
+    assert done(["--again"]) == everything[1:]
     for tile, row in zip(tiles, rows(out)[-5:], strict=True):
         offset = estimate_offset(random_network, read(tile))
         assert [float(row["offset_a"]), float(row["offset_b"])] == pytest.approx(offset[1:].tolist(), abs=1e-3)
