@@ -17,13 +17,6 @@ def before_a_model():
 
 
 @needs_exporters
-@pytest.mark.filterwarnings("ignore")
-def test_an_exported_program_does_the_same_at_any_size():
-    model = before_a_model().eval()
-    assert deploy.difference(model, deploy.export(model).module()) < 1e-4
-
-
-@needs_exporters
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_exported_files_do_the_same_at_any_size(tmp_path):

@@ -93,7 +93,7 @@ def test_what_would_be_lost_is_refused(tmp_path, make, message):
 
 def test_a_slide_without_the_packages_says_what_to_install(slide_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openslide", None)
-    with pytest.raises(ImportError, match=r'pip install "stainnorm-transform\[slides\]"'):
+    with pytest.raises(ImportError, match=r'run pip install "\.\[slides\]"'):
         Slide(slide_path)
 
 
