@@ -94,7 +94,7 @@ class FrozenColorNormNet(nn.Module):
 
     # Tensors made in inference mode could not pass gradients later.
     @torch.inference_mode(False)
-    def __init__(self, network: ColorNormNet) -> None:
+    def __init__(self, network: ColorNormNet | FrozenColorNormNet) -> None:
         super().__init__()
         for name, tensor in network.state_dict().items():
             if not name.endswith("num_batches_tracked"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -35,7 +34,6 @@ from stainnorm_transform.network import ColorNormNet, FrozenColorNormNet
 
 # Threads that share a transform make its table once; several tables at a time would compete for memory.
 _making_a_table = threading.Lock()
-
 
 _LIBRARIES = ("stainnorm_transform", "torch", "torchvision")
 _NO_TORCHSCRIPT = (
@@ -133,7 +131,7 @@ class NormalizeStain(_ImageTransform):
             if not offset.isfinite().all():
                 raise ValueError(f"expected a finite offset, got {offset.tolist()}")
             offset = offset.detach().clone().float().to(network.device)
-        self.network = FrozenColorNormNet(network) if isinstance(network, ColorNormNet) else copy.deepcopy(network)
+        self.network = FrozenColorNormNet(network)
         self.preserve_white = preserve_white
         self.target = target
         self.recipe = recipe

@@ -135,7 +135,7 @@ class FileNormalizer:
         if self.settings.offsets is None:
             return self.transform
         offset = torch.tensor([0.0, *self.settings.offsets.of(path)])
-        return self.transform.with_offset(offset).to(self.transform.network.device)
+        return self.transform.with_offset(offset)
 
     def _how(self, path: Path) -> str:
         """What a result depends on besides weights and version."""

@@ -20,9 +20,8 @@ from stainnorm_transform.slides.tables import Pixels, look_up_pixels
 # Side of a tile in every level; two by two are read, shifted and encoded at once.
 TILE = 512
 BLOCK = 2 * TILE
-# JPEG from this quality on has color at half the resolution across and full resolution down (4:2:2), below at half both
-# ways (4:2:0). Bio-Formats, and so QuPath and Fiji, converts YCbCr of full resolution (4:4:4) twice.
-HIGH_QUALITY = 90
+# JPEG from this quality on is 4:2:2, below 4:2:0.
+_HIGH_QUALITY = 90
 
 Encode = Callable[[Pixels], bytes]
 
@@ -149,18 +148,24 @@ def level_sizes(width: int, height: int) -> list[tuple[int, int]]:
     return [(-(-width // 2**level), -(-height // 2**level)) for level in range(count)]
 
 
+def subsampling(quality: int) -> tuple[int, int]:
+    """How many pixels share a color in JPEG of a quality, across and down: 4:2:2 or 4:2:0.
+
+    Bio-Formats, and so QuPath and Fiji, converts 4:4:4 twice.
+    """
+    return (2, 1) if quality >= _HIGH_QUALITY else (2, 2)
+
+
 def encoder(quality: int | None) -> Encode:
     """Makes JPEG tiles of a quality, or, for None, tiles without loss: Deflate of differences."""
     import imagecodecs
-
-    subsampling = "422" if quality is not None and quality >= HIGH_QUALITY else "420"
 
     def encode(pixels: Pixels) -> bytes:
         if quality is None:
             differences = imagecodecs.delta_encode(pixels[..., :3], axis=-2)
             return bytes(imagecodecs.deflate_encode(differences.tobytes(), level=6))
         # Of RGBA the codec leaves out A.
-        options: dict[str, Any] = {"colorspace": "rgba", "outcolorspace": "ycbcr", "subsampling": subsampling}
+        options: dict[str, Any] = {"colorspace": "rgba", "outcolorspace": "ycbcr", "subsampling": subsampling(quality)}
         return bytes(imagecodecs.jpeg8_encode(np.ascontiguousarray(pixels), level=quality, **options))
 
     return encode

@@ -17,7 +17,7 @@ from stainnorm_transform import __version__
 from stainnorm_transform.color import shift_table
 from stainnorm_transform.resources import one_torch_thread
 from stainnorm_transform.slides.metadata import OME
-from stainnorm_transform.slides.pyramid import HIGH_QUALITY, TILE, Pyramid, encoder
+from stainnorm_transform.slides.pyramid import TILE, Pyramid, encoder, subsampling
 from stainnorm_transform.slides.reader import Slide
 from stainnorm_transform.transform import NormalizeStain
 
@@ -166,8 +166,7 @@ def _level_options(slide: Slide, pyramid: Pyramid, level: int, file_format: Slid
     if file_format.quality is None:
         options |= {"compression": "zlib", "predictor": True}
     else:
-        high = file_format.quality >= HIGH_QUALITY
-        options |= {"compression": "jpeg", "subsampling": (2, 1) if high else (2, 2)}
+        options |= {"compression": "jpeg", "subsampling": subsampling(file_format.quality)}
     if slide.mpp:
         x, y = (_CENTIMETER / mpp / 2**level for mpp in slide.mpp)
         options |= {"resolution": (x, y), "resolutionunit": "CENTIMETER"}
