@@ -294,7 +294,10 @@ def _is_wrapped(*tensors: Tensor) -> bool:
     """Whether one is a tensor of ``torch.func``, which has no memory of its own."""
     try:
         for tensor in tensors:
-            tensor.untyped_storage().data_ptr()
+            storage = tensor.untyped_storage()
+            # That of a fake tensor is elsewhere, and has no pointer.
+            if storage.device == tensor.device:
+                storage.data_ptr()
     except RuntimeError:
         return True
     return False

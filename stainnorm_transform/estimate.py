@@ -16,8 +16,8 @@ from stainnorm_transform.network import ColorNormNet, FrozenColorNormNet
 
 Network: TypeAlias = ColorNormNet | FrozenColorNormNet
 
-# Tissue is found on an area-downsampled copy: down to this many pixels on the longer side, but by MAX_SCALE at most.
-# The network sees that copy at half the size.
+# Tissue is found on an area-downsampled copy: down to this many pixels on the shorter side, but by MAX_SCALE at most.
+# The network sees that copy at half the size. By the longer side, strips would be seen far smaller than they are.
 COPY_SIDE = 128
 MAX_SCALE = 8
 
@@ -131,10 +131,11 @@ def unit_range(image: Tensor) -> Tensor:
 
 
 def _side(image: Tensor) -> int:
-    """Length of which COPY_SIDE pixels are made: the longer side of the image, within limits."""
+    """Length of which COPY_SIDE pixels are made: the shorter side of the image, within limits."""
     # Lengths may be symbols, on which torch.compile and torch.export must not branch.
-    longer = _larger(*image.shape[-2:])
-    return -_larger(-_larger(longer, COPY_SIDE), -COPY_SIDE * MAX_SCALE)
+    height, width = image.shape[-2:]
+    shorter = -_larger(-height, -width)
+    return -_larger(-_larger(shorter, COPY_SIDE), -COPY_SIDE * MAX_SCALE)
 
 
 def _length(length: int, step: int, unit: int = 1) -> int:

@@ -50,6 +50,23 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+_is_fork = False
+
+
+def _remember_the_fork() -> None:
+    global _is_fork
+    _is_fork = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_remember_the_fork)
+
+
+def safe_after_fork() -> contextlib.AbstractContextManager[None]:
+    """In a forked process, one torch thread: those of the parent are not there, and torch would wait for them."""
+    return one_torch_thread() if _is_fork and not torch.compiler.is_compiling() else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def one_torch_thread() -> Iterator[None]:
     """Keeps torch from splitting small work among threads, which wait for each other where cores are busy."""

@@ -24,6 +24,7 @@ from stainnorm_transform.color import (
     TABLE_SIZE,
     check_image,
     eager_on_cpu,
+    is_eager,
     look_up,
     random_offset,
     shift_ab,
@@ -31,8 +32,12 @@ from stainnorm_transform.color import (
 )
 from stainnorm_transform.estimate import estimate_offset, mean_offset, tissue_sums
 from stainnorm_transform.network import ColorNormNet, FrozenColorNormNet
+from stainnorm_transform.resources import safe_after_fork
 
-# Threads that share a transform make its table once; several tables at a time would compete for memory.
+# The last tables of all colors, 64 MiB each: the transforms of a process share them.
+_TABLES = 2
+_tables: dict[tuple[float, ...], Tensor] = {}
+# Threads make a table once; several at a time would compete for memory.
 _making_a_table = threading.Lock()
 
 _LIBRARIES = ("stainnorm_transform", "torch", "torchvision")
@@ -61,7 +66,8 @@ class _ImageTransform(v2.Transform):
             if not module:
                 raise TypeError(f"{type(self).__name__} is a leaf for torch.fx: trace the model that it is in")
             return image.tracer.create_proxy("call_module", module, (image, *more), {})
-        return super().forward(image, *more)
+        with safe_after_fork():
+            return super().forward(image, *more)
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise RuntimeError(_NO_TORCHSCRIPT)
@@ -83,7 +89,7 @@ class NormalizeStain(_ImageTransform):
 
     Every image has its own offset, unless ``offset`` or ``for_slide`` fixes one for all. Then, from 2**24 pixels on,
     uint8 images on the CPU go through a table of all colors: the same result but for rare rounding, several times as
-    fast, for 64 MiB and some tenths of a second, once in each process.
+    fast, for some tenths of a second and 64 MiB in each process, which keeps the last two tables.
 
     The network is a frozen copy, float32, all buffers, no parameters and no layers: training, unfreezing, initializing,
     pruning, ``half`` and autocast of the model around it do not change it. Gradients reach the input. All that
@@ -128,7 +134,7 @@ class NormalizeStain(_ImageTransform):
                 raise TypeError(f"expected an offset tensor, got {type(offset).__name__}")
             if offset.shape != (3,):
                 raise ValueError(f"expected an offset of shape (3,), got {tuple(offset.shape)}")
-            if not offset.isfinite().all():
+            if is_eager(offset) and not offset.isfinite().all():
                 raise ValueError(f"expected a finite offset, got {offset.tolist()}")
             offset = offset.detach().clone().float().to(network.device)
         self.network = FrozenColorNormNet(network)
@@ -136,8 +142,6 @@ class NormalizeStain(_ImageTransform):
         self.target = target
         self.recipe = recipe
         self.register_buffer("offset", offset)
-        self._table: Tensor | None = None
-        self._table_key: tuple[float, ...] = ()
         self._pixels = 0
         self.eval()
 
@@ -161,7 +165,8 @@ class NormalizeStain(_ImageTransform):
             dense: whether the network's map is averaged over every pixel, as in the paper, rather than over those of a
                 small copy. It costs up to 256 times as much, for a difference that is seldom seen.
         """
-        return self._offset_of(_to_tensor(images), dense)
+        with safe_after_fork():
+            return self._offset_of(_to_tensor(images), dense)
 
     def _offset_of(self, image: Tensor, dense: bool = False) -> Tensor:
         if self.offset is not None:
@@ -212,21 +217,24 @@ class NormalizeStain(_ImageTransform):
         return shift_ab(image, -self._offset_of(image)[..., 1:], self.preserve_white)
 
     def _table_for(self, image: Tensor) -> Tensor | None:
-        """The table of all colors for a fixed offset, made once as many pixels have come as it has entries."""
+        """The table of all colors for a fixed offset, made after as many pixels as it has entries."""
         if self.offset is None or image.dtype != torch.uint8 or not eager_on_cpu(image, self.offset):
             return None
         key = (*self.offset.tolist(), self.preserve_white)
-        if key != self._table_key:
-            self._table, self._table_key, self._pixels = None, key, 0
-        self._pixels += image.numel() // 3
-        if self._table is None and self._pixels >= TABLE_SIZE and _making_a_table.acquire(blocking=False):
+        table = _tables.get(key)
+        if table is None:
+            self._pixels += image.numel() // 3
             # Nobody waits: meanwhile images are shifted without it, and a fork may have copied the lock as it was held.
-            try:
-                if self._table is None:
-                    self._table = shift_table(-self.offset[1:].cpu(), self.preserve_white)
-            finally:
-                _making_a_table.release()
-        return self._table
+            if self._pixels >= TABLE_SIZE and _making_a_table.acquire(blocking=False):
+                try:
+                    table = shift_table(-self.offset[1:].cpu(), self.preserve_white)
+                    while len(_tables) >= _TABLES:
+                        del _tables[next(iter(_tables))]
+                    _tables[key] = table
+                    self._pixels = 0
+                finally:
+                    _making_a_table.release()
+        return table
 
     def get_extra_state(self) -> Tensor:
         """What is no tensor, as the bytes of JSON, so that formats without pickle can hold it."""
@@ -260,9 +268,6 @@ class NormalizeStain(_ImageTransform):
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if self.offset is not None:
             self.offset = self.offset.detach().float()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_table": None}
 
     def train(self, mode: bool = True) -> NormalizeStain:
         """Stays in eval mode, whatever ``mode``."""

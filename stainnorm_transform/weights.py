@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import safetensors
+import safetensors.numpy
 import safetensors.torch
 import torch
 
+from stainnorm_transform.color import is_eager
 from stainnorm_transform.files import check_regular, replacing
 from stainnorm_transform.network import ColorNormNet
 
@@ -93,7 +95,8 @@ def load(name_or_path: str | os.PathLike[str] = DEFAULT) -> Weights:
     if name in SHA256 and hashlib.sha256(content).hexdigest() != SHA256[name]:
         raise ValueError(f"{path} is damaged: its sha256 is not the one published for {name!r}")
     try:
-        tensors = safetensors.torch.load(content)
+        # By NumPy, so that torch makes the tensors of whatever mode it is in, such as FakeTensorMode.
+        tensors = {name: torch.tensor(array, device="cpu") for name, array in safetensors.numpy.load(content).items()}
         # By the format, 8 bytes of length and a header in JSON. The library gives metadata of files only, and a second
         # look at the file may see other bytes than those that were checked.
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
@@ -117,12 +120,15 @@ def _build(tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> Weight
     if any(tensor.is_complex() for tensor in tensors.values()):
         raise TypeError("its tensors are not all real")
     with torch.device("cpu"), torch.no_grad():
-        network = ColorNormNet().float()
+        network = ColorNormNet()
+        if torch.get_default_dtype() != torch.float32:
+            network.float()
         network.load_state_dict(tensors)
         weights = Weights(network.eval().requires_grad_(False), **metadata)
         # Finite weights may give offsets that are not, and so may a variance below 0.
         offset = network(torch.tensor([50.0, 20.0, -10.0], dtype=torch.float32).view(1, 3, 1, 1).expand(1, 3, 8, 8))
-    if not all(tensor.isfinite().all() for tensor in network.state_dict().values()) or not offset.abs().max() < 1000:
+    values = network.state_dict().values()
+    if is_eager(*values) and not (all(value.isfinite().all() for value in values) and offset.abs().max() < 1000):
         raise ValueError("expected finite weights, and offsets below 1000 Lab units")
     if not isinstance(weights.config["preserve_white"], bool):
         raise TypeError("config.preserve_white is not a bool")

@@ -10,7 +10,7 @@ from render_tiles import render_tile
 from synthetic import ROOT
 from torch import Tensor
 
-from stainnorm_transform import ColorNormNet, NormalizeStain, TrainConfig, files, weights
+from stainnorm_transform import ColorNormNet, NormalizeStain, TrainConfig, files, transform, weights
 from stainnorm_transform.cli.main import main
 from stainnorm_transform.resources import cores
 
@@ -77,6 +77,7 @@ def run(trained, tmp_path):
 @pytest.fixture(autouse=True)
 def as_a_new_process():
     files.remove_leftovers.cache_clear()
+    transform._tables.clear()
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from stainnorm_transform.color import fade, rgb_to_lab, shift_batch
 from stainnorm_transform.files import check_regular
 from stainnorm_transform.network import ColorNormNet
+from stainnorm_transform.resources import one_torch_thread
 from stainnorm_transform.training import checkpoint as checkpoints
 from stainnorm_transform.training.config import TrainConfig
 from stainnorm_transform.training.crops import Batch, batches, crop_colors, each_image
@@ -52,6 +53,7 @@ def print_measured(report: Report) -> None:
         print(report, flush=True)
 
 
+@one_torch_thread()
 def train(
     images: Any,
     config: TrainConfig | None = None,
@@ -68,8 +70,9 @@ def train(
     for that offset; the loss is L1 + lambda * L2 over the tissue, of the map and of its mean, which is the offset
     that NormalizeStain uses. In the second half of the run batch norm is frozen.
 
-    The same images, config and device give the same network, whatever ``workers`` is and however often the run was
-    interrupted.
+    The same images, config and kind of processor give the same network, whatever ``workers`` and the number of torch
+    threads are, and however often the run was interrupted. On the CPU one thread is used: small batches gain little by
+    more.
 
     In an initialized ``torch.distributed`` process group, all processes call this together with the same arguments;
     each computes its part of every batch, and the first measures, reports and writes.

@@ -71,6 +71,18 @@ def test_the_same_seed_gives_the_same_network():
     assert not torch.equal(first["stem.weight"], other["stem.weight"])
 
 
+def test_the_number_of_threads_changes_nothing():
+    before, networks = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            networks.append(train([render_tile(0)], SHORT, report=lambda _: None).state_dict())
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(networks[0][name], networks[1][name]) for name in networks[0])
+
+
 def test_returns_a_frozen_network_and_prints_progress(capsys):
     network = train([render_tile()], SHORT, held_out=[render_tile(1)])
     assert not network.training

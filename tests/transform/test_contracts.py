@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from render_tiles import render_tile
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torchvision import tv_tensors
 from torchvision.transforms.v2.functional import to_pil_image
@@ -380,6 +381,18 @@ def test_a_parameter_is_an_image_like_any_other():
     out = operation(nn.Parameter(image))
     assert type(out) is torch.Tensor
     torch.testing.assert_close(out.detach(), operation(image), atol=1e-5, rtol=0)
+
+
+def test_fake_tensors():
+    """Shapes without values, as tools use that plan memory and compilers."""
+    with FakeTensorMode():
+        normalize = NormalizeStain.pretrained()
+        slide = normalize.for_slide(torch.rand(2, 3, 64, 64))
+        for module in (normalize, slide, PerturbStain(5.0)):
+            for image in (torch.rand(2, 3, 40, 50), torch.zeros(3, 40, 50, dtype=torch.uint8)):
+                out = module(image)
+                assert (out.shape, out.dtype) == (image.shape, image.dtype)
+        assert normalize.estimate_offset(torch.rand(2, 3, 40, 50)).shape == (2, 3)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="run on a machine with a CUDA device")

@@ -77,20 +77,34 @@ def test_the_mean_is_over_the_tissue(tile):
 
 
 def test_large_images_are_seen_as_small_copies():
-    assert small_copy(torch.zeros(1, 3, 1024, 512)).shape == (1, 3, 128, 64)
-    assert small_copy(torch.zeros(1, 3, 5000, 2)).shape == (1, 3, 625, 1)
+    assert small_copy(torch.zeros(1, 3, 1024, 512)).shape == (1, 3, 256, 128)
+    assert small_copy(torch.zeros(1, 3, 5000, 2)).shape == (1, 3, 5000, 2)
+    assert small_copy(torch.zeros(1, 3, 1100, 9000)).shape == (1, 3, 137, 1125)
     image = torch.rand(1, 3, 100, 128)
     assert torch.equal(small_copy(image), image)
     blocks = torch.rand(1, 3, 256, 256)
     expected = blocks.reshape(1, 3, 128, 2, 128, 2).mean(dim=(3, 5))
     torch.testing.assert_close(small_copy(blocks), expected)
     odd = torch.rand(1, 3, 200, 300)
-    assert small_copy(odd).shape == (1, 3, 85, 128)
+    assert small_copy(odd).shape == (1, 3, 128, 192)
     square = torch.rand(1, 3, 300, 300)
     expected = torch.nn.functional.interpolate(square, size=(128, 128), mode="area")
     torch.testing.assert_close(small_copy(square), expected)
     # The rows come first, so those that fit whole do not depend on what is below them.
-    torch.testing.assert_close(small_copy(square)[:, :, :85], small_copy(square[:, :, :200]))
+    torch.testing.assert_close(small_copy(square), small_copy(torch.cat([square, odd[..., :300]], dim=-2))[:, :, :128])
+
+
+def test_strips_are_seen_at_the_scale_of_their_field(data):
+    """And the same when they are turned."""
+    normalize = NormalizeStain.pretrained()
+    for center in range(5):
+        field = read(next((data / "camelyon17" / f"center_{center}").glob("*.jpeg")))
+        expected = normalize.estimate_offset(field)
+        for top in (0, 900, 1800):
+            strip = field[:, top : top + 40]
+            estimate = normalize.estimate_offset(strip)
+            assert (estimate - expected).norm() < 6
+            assert (estimate - normalize.estimate_offset(strip.mT.contiguous())).norm() < 1
 
 
 @pytest.mark.parametrize("size", [(64, 64), (256, 256), (300, 200), (1100, 1030)])

@@ -1,7 +1,9 @@
 """Data loaders: every way to start workers, and what a fork copies."""
 
+import multiprocessing
 import threading
 
+import numpy as np
 import pytest
 import torch
 from render_tiles import render_tile
@@ -149,3 +151,25 @@ def test_threads_share_a_transform(normalize):
     for thread in threads:
         thread.join()
     assert all(torch.equal(found[seed], expected[seed]) for seed in range(8))
+
+
+def test_a_pool_that_is_forked_after_an_estimate():
+    """With two threads of torch in the parent, which a fork does not copy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        tiles = [render_tile(seed, 128).repeat(1, 4, 4) for seed in range(2)]
+        normalize = NormalizeStain.pretrained()
+        slide = normalize.for_slide(tiles)
+        operations = [normalize, slide, normalize.estimate_offset, PerturbStain(0.0)]
+        expected = [operation(tiles[0]) for operation in operations]
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            for operation, before_the_fork in zip(operations, expected, strict=True):
+                out = pool.apply_async(apply, (operation, tiles[0].numpy())).get(60)
+                np.testing.assert_allclose(out, before_the_fork.numpy(), atol=1e-3)
+    finally:
+        torch.set_num_threads(before)
+
+
+def apply(operation, tile):
+    return operation(torch.from_numpy(tile)).numpy()

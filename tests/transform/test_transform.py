@@ -445,14 +445,26 @@ def test_a_fixed_offset_soon_has_a_table_and_nothing_else_changes(monkeypatch, t
     monkeypatch.setattr(transform_module, "TABLE_SIZE", 20_000)
     slide = NormalizeStain(ColorNormNet(), offset=torch.tensor([0.0, 25.0, -25.0]))
     expected = slide(tile)
-    assert slide._table is None
+    assert not transform_module._tables
     assert torch.equal(slide(tile), expected)
-    assert slide._table is not None
+    assert len(transform_module._tables) == 1
     torch.testing.assert_close(slide(tile / 255), expected / 255, atol=0.6 / 255, rtol=0)
     assert torch.equal(pil_to_tensor(slide(to_pil_image(tile))), expected)
     assert len(pickle.dumps(slide)) < 50_000
     assert torch.equal(copy.deepcopy(slide)(tile), expected)
     assert not any(tensor.numel() > 1000 for tensor in slide.state_dict().values())
+
+
+def test_slides_share_a_few_tables(monkeypatch, tile):
+    monkeypatch.setattr(transform_module, "TABLE_SIZE", 20_000)
+    slides = [NormalizeStain(ColorNormNet(), offset=torch.tensor([0.0, number, -5.0])) for number in range(5)]
+    for slide in slides:
+        for _ in range(2):
+            torch.testing.assert_close(slide(tile), shift_ab(tile, -slide.offset[1:]), atol=1, rtol=0)
+    assert len(transform_module._tables) == transform_module._TABLES
+    tables = list(transform_module._tables.values())
+    copy.deepcopy(slides[-1])(tile)
+    assert [*map(id, transform_module._tables.values())] == [*map(id, tables)]
 
 
 def test_the_table_is_made_anew_when_offset_or_white_change(monkeypatch, tile):
