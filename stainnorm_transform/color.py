@@ -45,9 +45,10 @@ _F_KNEE = 6 / 29
 _SRGB_KNEE = 0.04045
 _LINEAR_KNEE = ((_SRGB_KNEE + 0.055) / 1.055) ** 2.4
 
-# Tissue up to L* = 60 takes the full offset, white glass from L* = 97 none: between labs, the color of paler tissue
-# differs the less, in proportion.
-FULL_LIGHTNESS, WHITE_LIGHTNESS = 60.0, 97.0
+# Tissue of L* = 10 to 60 takes the full offset, white glass from 97 none: between labs, the color of paler tissue
+# differs the less, in proportion. Nor does black up to 5 take any, as padding and masks have it.
+FULL_LIGHTNESS, WHITE_LIGHTNESS = (10.0, 60.0), 97.0
+BLACK_LIGHTNESS = 5.0
 
 # Colors of uint8 images.
 TABLE_SIZE = 1 << 24
@@ -63,8 +64,9 @@ def shift_ab(image: Tensor, offset: Tensor, preserve_white: bool = True) -> Tens
 
     L* is a function of relative luminance Y alone, so moving (a*, b*) at constant L* only moves f(X) by
     ``w * da / 500`` and f(Z) by ``-w * db / 200``. With ``preserve_white`` the offset fades out towards white glass
-    by ``w = clamp((97 - L*) / 37, 0, 1)``; otherwise ``w = 1``. Inside the sRGB gamut, shifting by ``offset`` and
-    then by ``-offset`` restores the image; outside it, RGB is clamped to [0, 1]. An offset of 0 changes nothing.
+    and black by ``w = clamp(min((97 - L*) / 37, (L* - 5) / 5), 0, 1)``; otherwise ``w = 1``. Inside the sRGB gamut,
+    shifting by ``offset`` and then by ``-offset`` restores the image; outside it, RGB is clamped to [0, 1]. An offset
+    of 0 changes nothing.
 
     Differentiable in ``image`` (floating point) and ``offset``. On the CPU the result for an image does not depend,
     to the last bit, on the batch it is in; whether a gradient is recorded changes it by up to 1e-5.
@@ -73,7 +75,7 @@ def shift_ab(image: Tensor, offset: Tensor, preserve_white: bool = True) -> Tens
         image: sRGB, shape (..., 3, H, W), uint8 or floating point in [0, 1]. NaN pixels stay NaN.
         offset: (da, db) in CIELAB units (D65, 2 degree observer), shape (2,) for all images or (..., 2) with the
             leading dimensions of ``image``.
-        preserve_white: whether to fade the offset out from L* = 60 to L* = 97.
+        preserve_white: whether to fade the offset out from L* = 60 to 97, and from 10 to 5.
 
     Returns:
         sRGB of the shape, dtype, device and memory format of ``image``. float64 is computed in float64, every other
@@ -229,10 +231,15 @@ def _pack(colors: Tensor, out: Tensor) -> None:
         torch.add(channel, out, alpha=256, out=out)
 
 
-def fade(lightness: Tensor, out: Tensor | None = None) -> Tensor:
-    """Share of an offset that a pixel of this L* takes, in [0, 1], where white is preserved."""
-    share = torch.sub(WHITE_LIGHTNESS, lightness, out=out)
-    return torch.clamp(torch.mul(share, 1 / (WHITE_LIGHTNESS - FULL_LIGHTNESS), out=out), 0, 1, out=out)
+def fade(lightness: Tensor, out: Tensor | None = None, spare: Tensor | None = None) -> Tensor:
+    """Share of an offset that a pixel of this L* takes, in [0, 1], where white and black are preserved.
+
+    ``out`` may be ``lightness`` itself, ``spare`` not.
+    """
+    dark, pale = FULL_LIGHTNESS
+    of_black = torch.mul(torch.sub(lightness, BLACK_LIGHTNESS, out=spare), 1 / (dark - BLACK_LIGHTNESS), out=spare)
+    of_white = torch.mul(torch.sub(WHITE_LIGHTNESS, lightness, out=out), 1 / (WHITE_LIGHTNESS - pale), out=out)
+    return torch.clamp(torch.minimum(of_black, of_white, out=out), 0, 1, out=out)
 
 
 def random_offset(shape: Sequence[int], max_offset: float, generator: torch.Generator | None = None) -> Tensor:
@@ -327,7 +334,7 @@ def shift_batch(image: Tensor, offset: Tensor, preserve_white: bool, scratch: Te
     red, green, blue = linear.unbind(-3)
     if preserve_white:
         f_y = _f(_weighted(_M[1], (red, green, blue), out=a0), out=a1, spare=a0)
-        share = fade(torch.sub(torch.mul(f_y, 116, out=a1), 16, out=a1), out=a1)
+        share = fade(torch.sub(torch.mul(f_y, 116, out=a1), 16, out=a1), out=a1, spare=a0)
         d_fx, d_fz = torch.mul(share, d_fx, out=a0), torch.mul(share, d_fz, out=a1)
 
     x = _weighted(_M[0], (red, green, blue), out=c0)

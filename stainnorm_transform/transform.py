@@ -85,7 +85,8 @@ class NormalizeStain(_ImageTransform):
     For PIL images (RGB), uint8 tensors, floating point tensors in [0, 1], ``tv_tensors.Image`` and ``Video``, of shape
     (..., 3, H, W), alone or in nested samples, whose masks and boxes (as tv_tensors) and labels pass through. The
     output has the kind, dtype, shape, device and memory format of the input. L* stays where the shifted color exists
-    in sRGB. An image without tissue comes back unchanged, and with ``preserve_white`` so does white glass.
+    in sRGB. An image without tissue comes back unchanged, and with ``preserve_white`` so do white
+    glass and black.
 
     Every image has its own offset, unless ``offset`` or ``for_slide`` fixes one for all. Then, from 2**24 pixels on,
     uint8 images on the CPU go through a table of all colors: the same result but for rare rounding, several times as
@@ -300,7 +301,7 @@ class PerturbStain(_ImageTransform):
 
     Args:
         max_offset: da and db are uniform in [-max_offset, max_offset], in Lab units.
-        preserve_white: whether white glass keeps its color, see ``shift_ab``.
+        preserve_white: whether white glass and black keep their color, see ``shift_ab``.
 
     Example:
         >>> PerturbStain(max_offset=20)(torch.rand(4, 3, 32, 32)).shape

@@ -22,7 +22,8 @@ def rgb_cube(steps: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def fade(lab, preserve_white: bool):
-    return ((97 - lab[..., :1, :, :]) / 37).clip(0, 1) if preserve_white else 1
+    lightness = lab[..., :1, :, :]
+    return ((97 - lightness) / 37).clip(0, 1) * ((lightness - 5) / 5).clip(0, 1) if preserve_white else 1
 
 
 @BOTH
@@ -89,6 +90,15 @@ def test_lightness_stays_inside_the_gamut(preserve_white, da, db):
     shifted = shift_ab(image, torch.tensor([da, db], dtype=torch.float64), preserve_white)
     inside = ((shifted > 1e-6) & (shifted < 1 - 1e-6)).all(dim=0)
     torch.testing.assert_close(rgb_to_lab(shifted)[0][inside], rgb_to_lab(image)[0][inside], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("level", [0, 1, 16])
+def test_black_is_preserved(level):
+    """As padding, corners of turned images, and masks have it; L* = 4.7 is the lightest."""
+    black = torch.full((3, 4, 4), level, dtype=torch.uint8)
+    for offset in (torch.tensor([-12.5, 24.2]), torch.tensor([40.0, 40.0])):
+        assert torch.equal(shift_ab(black, offset), black)
+        assert not torch.equal(shift_ab(black, offset, preserve_white=False), black)
 
 
 def test_white_is_preserved_and_without_it_tinted():
