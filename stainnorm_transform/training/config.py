@@ -26,7 +26,7 @@ class TrainConfig:
     max_offset: float = _setting(40.0, "largest shift of a* and b*, in Lab units")
     contrast_jitter: float = _setting(0.5, "contrast of a* and b* within a crop times up to exp(+-this), at random")
     darkness_jitter: float = _setting(0.35, "darkness (100 - L*) of a crop times up to exp(+-this), at random")
-    preserve_white: bool = _setting(True, "fade shifts out towards white and black; without it as in the paper, everywhere")
+    preserve_white: bool = _setting(True, "fade shifts out towards white and black; in the paper they do not")
     learning_rate: float = _setting(0.01, "learning rate of Adam at the peak of its schedule")
     l2_weight: float = _setting(0.1, "lambda in the loss L1 + lambda * L2, per Lab unit")
     min_tissue: float = _setting(0.3, "least share of tissue in a crop")
