@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "offset of its own, so tiles of one slide may differ a little; a slide gets one as a whole, from a sample of "
         "its tissue. Lightness, white (L* > 97) and black (L* < 5) stay, and what has no tissue keeps its colors. "
         "Resolution, ICC profile and transparency are kept. Of images, JPEG is written at quality 95 without chroma "
-        "subsampling, TIFF without loss. Slides become tiled pyramidal BigTIFF; their label, and the image of the whole "
-        "glass, which shows it, are left out. Files of other kinds in a folder are left out, and "
+        "subsampling, TIFF without loss. Slides become tiled pyramidal BigTIFF; their label, and the image of the "
+        "whole glass, which shows it, are left out. Files of other kinds in a folder are left out, and "
         "counted; folders in it that hold results of this command are not searched."
     )
     parser.epilog = (
