@@ -22,8 +22,8 @@ from stainnorm_transform import weights
 from stainnorm_transform.cli.options import add_device, add_inputs, path_name
 from stainnorm_transform.estimate import has_tissue, small_copy
 from stainnorm_transform.files import printable
-from stainnorm_transform.folders.images import ImageFiles
 from stainnorm_transform.folders.plan import find
+from stainnorm_transform.folders.targets import ImageFiles
 from stainnorm_transform.resources import choose_device
 from stainnorm_transform.training import Report, TrainConfig, error_metrics, offset_errors, print_measured, train
 from stainnorm_transform.training.distributed import rank_and_count
@@ -37,7 +37,7 @@ BAR = "{n}/{total} |{bar}| {remaining} left{postfix}"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command, and its description."""
     parser.description = (
-        "Trains weights whose target is the color of the given H&E images (PNG, JPEG, TIFF; tiles or large "
+        "Trains weights whose target is the color of the given H&E images (PNG, JPEG, TIFF, BMP, WebP, JPEG 2000; tiles or large "
         "fields): a hundred tiles from ten or more slides of one lab are a good start. Needs no labels and no other "
         "lab's images."
     )
