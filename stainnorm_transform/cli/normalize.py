@@ -35,14 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command, and its description."""
     parser.description = (
         "Gives H&E images (PNG, JPEG, TIFF, BMP, WebP, JPEG 2000; 8-bit RGB or RGBA) and whole slides (what OpenSlide "
-        'reads, and OME-TIFF; in a clone, pip install ".[slides]") the colors of the target. Every image gets one a*, b* '
-        "offset of its own, so tiles of one slide may differ a little; a slide gets one as a whole, from a sample of "
-        "its tissue. Lightness and white glass (L* > 97) stay, and what has no tissue keeps its colors. Resolution, "
-        "ICC profile and transparency are kept, where the format has them. Images keep their format: JPEG is written "
-        "at quality 95 without chroma subsampling, all others without loss. Label masks, images of few flat colors, are "
-        "copied as they are. Slides become tiled pyramidal BigTIFF; their label, and the image of the whole glass, "
-        "which shows it, are left out. Files of other kinds in a folder are left out, and "
-        "counted; folders in it that hold results of this command are not searched."
+        'reads, and OME-TIFF; in a clone, pip install ".[slides]") the colors of the target. Every image gets one a*, '
+        "b* offset of its own, so tiles of one slide may differ a little; a slide gets one as a whole, from a sample "
+        "of its tissue. Lightness and white glass (L* > 97) stay, and what has no tissue keeps its colors. "
+        "Resolution, ICC profile and transparency are kept, where the format has them. Images keep their format: JPEG "
+        "is written at quality 95 without chroma subsampling, all others without loss. Label masks, images of few "
+        "flat colors, are copied as they are. Slides become tiled pyramidal BigTIFF; their label, and the image of "
+        "the whole glass, which shows it, are left out. Files of other kinds in a folder are left out, and counted; "
+        "folders in it that hold results of this command are not searched."
     )
     parser.epilog = (
         "DIR/offsets.csv lists each file, by its full path, with the offset that was taken from it; of several lines "

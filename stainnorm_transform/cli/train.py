@@ -37,13 +37,13 @@ BAR = "{n}/{total} |{bar}| {remaining} left{postfix}"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command, and its description."""
     parser.description = (
-        "Trains weights whose target is the color of the given H&E images (PNG, JPEG, TIFF, BMP, WebP, JPEG 2000; tiles or "
-        "large fields): a hundred tiles from ten or more slides of one lab are a good start. Needs no labels and no other "
-        "lab's images."
+        "Trains weights whose target is the color of the given H&E images (PNG, JPEG, TIFF, BMP, WebP, JPEG 2000; "
+        "tiles or large fields): a hundred tiles from ten or more slides of one lab are a good start. Needs no labels "
+        "and no other lab's images."
     )
     parser.epilog = (
-        "The state of the run is kept in NAME.checkpoint.safetensors until it is done; --resume goes on from "
-        "there. Images that cannot be used are named and left out. On several devices: torchrun --nproc-per-node COUNT "
+        "The state of the run is kept in NAME.checkpoint.safetensors until it is done; --resume goes on from there. "
+        "Images that cannot be used are named and left out. On several devices: torchrun --nproc-per-node COUNT "
         "--no-python stainnorm train ..."
     )
     add_inputs(parser)
