@@ -12,14 +12,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from stainnorm_transform.color import rgb_to_lab
+from stainnorm_transform.estimate import small_copy, tissue_weight
 from stainnorm_transform.folders import images
 from stainnorm_transform.folders.outcome import reason
 from stainnorm_transform.resources import cores
 from stainnorm_transform.slides import Slide, is_slide
 from stainnorm_transform.slides.sampling import SAMPLED_PLACES, places, sampled_side
 
-# So many tiles of a slide, of those that its offset is estimated from, are trained on.
-SLIDE_TILES = 16
+# So many tiles of a slide, of those that its offset is estimated from, are trained on, with this share of tissue.
+SLIDE_TILES, SLIDE_TISSUE = 16, 0.25
 
 # x, y, width, height, in pixels of level 0.
 Region: TypeAlias = tuple[int, int, int, int]
@@ -45,7 +47,7 @@ class TargetImages(Dataset[Tensor]):
     def add(self, path: Path, check: Callable[[Tensor], None]) -> list[int]:
         """Adds the image of a file; or of a slide up to ``SLIDE_TILES`` tiles, spread evenly over its tissue.
 
-        Tiles are as those of ``slide_normalizer``: of level 0, and 128 micrometers a side.
+        Tiles are as those of ``slide_normalizer``, of level 0 and 128 micrometers a side, and a quarter tissue or more.
 
         Args:
             path: of the file.
@@ -97,17 +99,19 @@ class TargetImages(Dataset[Tensor]):
             yield None, image
             return
         slide = self._open(path)
-        found, problem = False, ValueError("no tissue")
+        problem: ValueError | None = ValueError("no tile of which a quarter is tissue")
         for region in itertools.islice(_regions(slide), SAMPLED_PLACES):
             tile = slide.read(*region)
+            if _tissue_share(tile) < SLIDE_TISSUE:
+                continue
             try:
                 check(tile)
             except ValueError as error:
-                problem = error
+                problem = problem and error
             else:
-                found = True
+                problem = None
                 yield region, tile
-        if not found:
+        if problem:
             raise problem
 
     def _open(self, path: Path) -> Slide:
@@ -129,6 +133,10 @@ def _image(path: Path) -> Tensor:
     if images.is_mask(image):
         raise ValueError("few flat colors: a label mask, or blank")
     return pil_to_tensor(images.flatten(image))
+
+
+def _tissue_share(image: Tensor) -> float:
+    return float((tissue_weight(rgb_to_lab(small_copy(image[None]))) > 0).float().mean())
 
 
 def _regions(slide: Slide) -> Iterator[Region]:

@@ -16,10 +16,10 @@ def accept(image):
     pass
 
 
-@pytest.mark.parametrize(("mpp", "side"), [(0.25, 512), (0.5, 256)])
-def test_tiles_of_a_slide_are_its_pixels_of_128_micrometers(tmp_path, mpp, side):
+@pytest.mark.parametrize(("mpp", "side", "levels"), [(0.25, 512, (16,)), (0.5, 256, (4, 16)), (0.5, 256, ())])
+def test_tiles_of_a_slide_are_its_pixels_of_128_micrometers(tmp_path, mpp, side, levels):
     pixels = on_glass(tissue(3 * side, 7 * side), 6 * side, 10 * side)
-    slide = make_slide(tmp_path / "a.svs", pixels, levels=(16,), mpp=mpp)
+    slide = make_slide(tmp_path / "a.svs", pixels, levels=levels, mpp=mpp)
     images = TargetImages()
     numbers = images.add(slide, accept)
     assert numbers == list(range(SLIDE_TILES))
@@ -28,7 +28,7 @@ def test_tiles_of_a_slide_are_its_pixels_of_128_micrometers(tmp_path, mpp, side)
         assert (path, width, height) == (slide, side, side)
         assert np.array_equal(image.permute(1, 2, 0).numpy(), pixels[y : y + side, x : x + side])
         # Glass is left out, and tiles that are mostly glass.
-        assert (image < 240).float().mean() > 0.4
+        assert (image < 240).any(dim=0).float().mean() > 0.25
     assert len(set(images.sources)) == SLIDE_TILES
 
 
