@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,8 @@ def _read(path: Path) -> Image.Image:
             raise ValueError(f"a grey image (mode {image.mode}) has no stain color")
         if image.mode == "P" or "transparency" in image.info:
             resolved = image.convert("RGBA" if "transparency" in image.info else "RGB")
+            if isinstance(image, TiffImageFile):
+                resolved.tag_v2 = image.tag_v2  # type: ignore[attr-defined]
             resolved.info = {key: value for key, value in image.info.items() if key != "transparency"}
             return resolved
         if image.mode not in ("RGB", "RGBA"):
@@ -143,8 +146,8 @@ def _options(suffix: str, like: Image.Image | None) -> dict[str, Any]:
         return options
     if "icc_profile" in like.info:
         options["icc_profile"] = like.info["icc_profile"]
-    if isinstance(like, TiffImageFile) and suffix in (".tif", ".tiff"):
-        options["tiffinfo"] = _scale_tags(like)
+    if hasattr(like, "tag_v2") and suffix in (".tif", ".tiff"):
+        options["tiffinfo"] = _scale_tags(like.tag_v2)
         return options
     if _is_resolution(like.info.get("dpi")):
         options["dpi"] = like.info["dpi"]
@@ -155,14 +158,14 @@ def _options(suffix: str, like: Image.Image | None) -> dict[str, Any]:
     return options
 
 
-def _scale_tags(image: TiffImageFile) -> dict[int, Any]:
-    """The tags of a TIFF that say its scale: resolution, and the description, where ImageJ, OME and others say it."""
+def _scale_tags(stored: Mapping[int, Any]) -> dict[int, Any]:
+    """Of the tags of a TIFF those that say its scale: resolution, and the description of ImageJ, OME and others."""
     tags = ExifTags.Base
     kept: dict[int, Any] = {}
-    if _is_resolution([image.tag_v2.get(tag) for tag in (tags.XResolution, tags.YResolution)]):
+    if _is_resolution([stored.get(tag) for tag in (tags.XResolution, tags.YResolution)]):
         names = (tags.XResolution, tags.YResolution, tags.ResolutionUnit)
-        kept = {tag: image.tag_v2[tag] for tag in names if tag in image.tag_v2}
-    description = image.tag_v2.get(tags.ImageDescription)
+        kept = {tag: stored[tag] for tag in names if tag in stored}
+    description = stored.get(tags.ImageDescription)
     # tifffile describes the layout of its pixels, which is another one here.
     if description and not str(description).startswith('{"shape"'):
         kept[tags.ImageDescription] = _as_stored(description)

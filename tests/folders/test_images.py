@@ -171,6 +171,16 @@ def test_the_description_of_a_tiff_is_kept_to_the_byte(run, tmp_path, encoding):
     assert stored_description(tmp_path / "out/a.tif") == stored_description(tmp_path / "a.tif") == text
 
 
+def test_a_tiff_with_a_palette_keeps_its_scale(run, tmp_path):
+    options = {"resolution": 4.0, "resolution_unit": 1, "description": "unit=micron"}
+    save(tmp_path / "a.tif", to_pil_image(render_tile()).quantize(256), **options)
+    assert run(tmp_path / "a.tif") == 0
+    with tifffile.TiffFile(tmp_path / "out/a.tif") as tiff:
+        assert tiff.pages[0].photometric == tifffile.PHOTOMETRIC.RGB
+        tags = {name: tiff.pages[0].tags[name].value for name in ("XResolution", "ResolutionUnit", "ImageDescription")}
+        assert tags == {"XResolution": (4, 1), "ResolutionUnit": 1, "ImageDescription": "unit=micron"}
+
+
 def test_ome_xml_is_kept(run, tmp_path):
     size = {"PhysicalSizeX": 0.25, "PhysicalSizeXUnit": "µm", "PhysicalSizeY": 0.25, "PhysicalSizeYUnit": "µm"}
     tifffile.imwrite(tmp_path / "a.ome.tif", TILE, photometric="rgb", metadata={"axes": "YXS", **size})
