@@ -82,10 +82,9 @@ def make_plan(settings: Settings, inputs: Sequence[Path], reserved: Sequence[str
     found = find(inputs, out, left_out=left_out)
     named = {path: normalizer.output_name(path, below) for path, below in found.items()}
     outputs = place(named, out, [record.NAME, *reserved])
-    clashes = find_clashes(outputs)
     if any(is_slide(path) for path in outputs):
         formats.packages()
-    there = {path: output for path, output in outputs.items() if path not in clashes and os.path.lexists(output)}
+    there = {path: output for path, output in outputs.items() if os.path.lexists(output)}
     # In this order, as another run may make some meanwhile: their lines come first.
     normalizer.record.reread()
     for path, output in there.items():
@@ -100,7 +99,7 @@ def make_plan(settings: Settings, inputs: Sequence[Path], reserved: Sequence[str
             f"{len(others)} of the results in {out} were made with other weights ({others[0]}): add --again to replace "
             "them, or choose another output folder"
         )
-    return Plan(normalizer, outputs, clashes, left_out, bool(others))
+    return Plan(normalizer, outputs, find_clashes(outputs), left_out, bool(others))
 
 
 def find(

@@ -15,6 +15,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from stainnorm_transform import NormalizeStain, TrainConfig, weights
 from stainnorm_transform.cli.main import _parser, main
+from stainnorm_transform.cli.train import _hold_out
 from stainnorm_transform.color import shift_ab
 
 FAST = ["--iterations", "4", "--batch-size", "4", "--report-every", "2", "--device", "cpu"]
@@ -259,6 +260,12 @@ def test_slides_are_held_out_as_a_whole(slides, tmp_path, monkeypatch):
     assert seen[0] == every - seen[1]
     assert seen[3] == {"1.svs", "4.svs"}
     assert seen[2] == every - seen[3]
+
+
+def test_about_fifty_images_are_held_out_at_most():
+    for files, tiles, expected in ((1, 16, 0), (2, 16, 1), (12, 16, 2), (40, 16, 3), (40, 1, 8), (1000, 1, 50)):
+        usable = {Path(f"{number}"): [0] * tiles for number in range(files)}
+        assert len(set(_hold_out(usable))) == expected
 
 
 def test_one_image_is_trained_on_without_measuring(tmp_path, capsys):

@@ -44,6 +44,7 @@ def test_a_result_has_the_format_of_its_input_and_no_loss(run, tmp_path, random_
 def test_every_format_that_has_transparency_keeps_it(run, tmp_path, random_normalize, name):
     image = to_pil_image(render_tile())
     alpha = Image.linear_gradient("L").resize(image.size)
+    alpha.paste(0, (0, 0, 50, 50))
     image.putalpha(alpha)
     save(tmp_path / name, image, **({"lossless": True, "exact": True} if name == "a.webp" else {}))
     assert run(tmp_path / name) == 0
@@ -133,6 +134,7 @@ TISSUE = {
     "pale and small": lambda pixels: pale(0.4)(pixels)[:40, :40],
     "on white": on_white,
     "64 colors": lambda pixels: np.asarray(Image.fromarray(pixels).quantize(64).convert("RGB")),
+    "8 colors": lambda pixels: np.asarray(Image.fromarray(pixels).quantize(8).convert("RGB")),
     "8 colors, tiny": lambda pixels: np.asarray(Image.fromarray(pixels[:24, :24]).quantize(8).convert("RGB")),
 }
 
