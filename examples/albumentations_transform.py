@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from stainnorm_transform import NormalizeStain, weights
+from stainnorm_transform.cli.options import file_name
 
 TILES = Path(__file__).parent / "tiles"
 
@@ -48,7 +49,7 @@ class Stain(A.ImageOnlyTransform):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tile", type=Path, default=TILES / "lab_a/tile_1.png")
+    parser.add_argument("--tile", type=file_name, default=TILES / "lab_a/tile_1.png")
     options = parser.parse_args()
     image = np.array(Image.open(options.tile).convert("RGB"))
     mask = (image.mean(axis=2) < 128).astype(np.uint8)

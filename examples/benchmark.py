@@ -28,6 +28,7 @@ from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from stainnorm_transform import NormalizeStain
+from stainnorm_transform.cli.options import path_name
 from stainnorm_transform.color import look_up, shift_ab, shift_table
 
 OFFSET = torch.tensor([12.5, -24.2])
@@ -233,12 +234,12 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_data_option(parser)
+    add_data_option(parser, needed=())
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=9, help="(default: %(default)s)")
     parser.add_argument("--only", default="", metavar="WORDS", help="tables whose title contains this")
     parser.add_argument("--large", action="store_true", help="also an image of 16384 x 16384: takes 3 GB")
-    parser.add_argument("--json", type=Path, help="file to write all figures to")
+    parser.add_argument("--json", type=path_name, help="file to write all figures to")
     options = parser.parse_args()
     quiet(options.threads)
     chosen = [case for case in cases(options) if options.only in case.table and available(case.method)]

@@ -30,6 +30,7 @@ from camelyon17 import read
 from tqdm import tqdm
 
 from stainnorm_transform import NormalizeStain
+from stainnorm_transform.cli.options import file_name, path_name
 from stainnorm_transform.color import shift_table
 from stainnorm_transform.resources import cores, in_order
 from stainnorm_transform.slides import Slide, SlideFormat, slide_normalizer, write_slide
@@ -242,10 +243,16 @@ def print_slide(found: dict[str, object]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("slides", nargs="+", type=Path, metavar="SLIDE")
+    parser.add_argument(
+        "slides",
+        nargs="+",
+        type=file_name,
+        metavar="SLIDE",
+        help="a slide; https://openslide.cs.cmu.edu/download/openslide-testdata has some",
+    )
     parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, default=cores(), help="of every method (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="file to write all figures to")
+    parser.add_argument("--json", type=path_name, help="file to write all figures to")
     options = parser.parse_args()
     quiet(options.threads)
     imports = peak_mb(IMPORTS)

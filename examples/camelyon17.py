@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,21 +10,37 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from stainnorm_transform.cli.options import path_name
+
 CENTERS = range(5)
+CENTER_FOLDERS = tuple(f"camelyon17/center_{center}" for center in CENTERS)
 
 
-def _folder(text: str) -> Path:
-    if not text or not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is no folder: set STAINNORM_DATA or --data, see weights/README.md")
-    return Path(text)
+def missing(data: Path, needed: Sequence[str]) -> str | None:
+    """What is to be said if a folder lacks some of these subfolders."""
+    absent = [name for name in needed if not (data / name).is_dir()]
+    if not absent:
+        return None
+    return (
+        f"expected a folder with {', '.join(absent)}, got {str(data)!r}: Data in weights/README.md says which "
+        "images these are and where to get them; give their folder as --data or STAINNORM_DATA"
+    )
 
 
-def add_data_option(parser: argparse.ArgumentParser) -> None:
+def add_data_option(parser: argparse.ArgumentParser, needed: Sequence[str] = CENTER_FOLDERS) -> None:
+    """Adds ``--data``, a folder that must have the subfolders that are needed."""
+
+    def folder(text: str) -> Path:
+        path = path_name(text)
+        if absent := missing(path, needed):
+            raise argparse.ArgumentTypeError(absent)
+        return path
+
     parser.add_argument(
         "--data",
-        type=_folder,
+        type=folder,
         default=os.environ.get("STAINNORM_DATA", "../shared/data"),
-        help="folder with camelyon17/center_0 ... center_4 (default: $STAINNORM_DATA or ../shared/data)",
+        help="folder of the images, see Data in weights/README.md (default: $STAINNORM_DATA or ../shared/data)",
     )
 
 

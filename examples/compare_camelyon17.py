@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from camelyon17 import CENTERS, add_data_option, read, read_center
+from camelyon17 import CENTER_FOLDERS, CENTERS, add_data_option, read, read_center
 from kornia.color import rgb_to_lab
 from skimage.color import hed2rgb, rgb2hed
 from skimage.metrics import structural_similarity
@@ -34,6 +34,7 @@ from tqdm import tqdm
 from train_camelyon17 import fold_name
 
 from stainnorm_transform import NormalizeStain, weights
+from stainnorm_transform.cli.options import path_name
 from stainnorm_transform.color import fade, random_offset, shift_ab
 
 SIDE = 512  # of the tiles compared; of a large field, the middle
@@ -88,20 +89,20 @@ slide (for_slide) ColorNormNet has 0.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_data_option(parser)
+    add_data_option(parser, needed=(*CENTER_FOLDERS, "edge_cases"))
     parser.add_argument("--draws", type=int, default=3, help="single reference tiles (default: %(default)s)")
     parser.add_argument("--targets", type=int, nargs="+", choices=CENTERS, default=list(CENTERS), metavar="CENTER")
     parser.add_argument(
-        "--seeds", type=Path, nargs="*", default=[], help="folders with NAME.safetensors trained with other seeds"
+        "--seeds", type=path_name, nargs="*", default=[], help="folders with NAME.safetensors trained with other seeds"
     )
     parser.add_argument(
         "--folds",
-        type=Path,
+        type=path_name,
         help="folder with the networks that train_camelyon17.py --keep-folds wrote, for the known changes",
     )
     parser.add_argument("--processes", type=int, default=2, help="one core each (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="file to write all figures to")
-    parser.add_argument("--plot", type=Path, help="PNG file for the tissue colors before and after")
+    parser.add_argument("--json", type=path_name, help="file to write all figures to")
+    parser.add_argument("--plot", type=path_name, help="PNG file for the tissue colors before and after")
     options = parser.parse_args()
     for folder in options.seeds:
         for target in options.targets:

@@ -21,6 +21,7 @@ from torch.export import Dim, ExportedProgram
 from torchvision.models import resnet50
 
 from stainnorm_transform import NormalizeStain, weights
+from stainnorm_transform.cli.options import path_name
 
 # Batch and sides must be told apart while exporting, and lie above 1.
 EXAMPLE = (2, 3, 224, 256)
@@ -29,7 +30,7 @@ OTHERS = ((1, 3, 40, 48), (1, 3, 224, 224), (3, 3, 256, 256), (1, 3, 512, 600), 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
+    parser.add_argument("--out", required=True, type=path_name, metavar="DIR", help="folder to write to")
     parser.add_argument("--weights", default=weights.DEFAULT, help="name or path (default: %(default)s)")
     parser.add_argument("--resnet50", action="store_true", help="the normalizer before an untrained ResNet-50")
     parser.add_argument(

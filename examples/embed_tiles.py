@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from stainnorm_transform import NormalizeStain
+from stainnorm_transform.cli.options import path_name
 
 TILES = Path(__file__).parent / "tiles"
 
@@ -72,12 +73,15 @@ def embed(encoder: nn.Module, paths: Sequence[Path], transform: Transform, worke
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--slides", type=Path, default=TILES, help="folder with one folder of tiles a slide")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for one .safetensors file a slide")
+    parser.add_argument("--slides", type=path_name, default=TILES, help="folder with one folder of tiles a slide")
+    parser.add_argument("--out", type=path_name, metavar="DIR", help="folder for one .safetensors file a slide")
     parser.add_argument("--model", default="vit_tiny_patch16_224", help="name in timm (default: %(default)s)")
     parser.add_argument("--pretrained", action="store_true", help="timm's weights, which are downloaded")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
+    slides = sorted(folder for folder in options.slides.glob("*") if folder.is_dir() and any(folder.iterdir()))
+    if not slides:
+        parser.error(f"expected a folder with one folder of tiles a slide, like examples/tiles, got {options.slides}")
     torch.manual_seed(0)
     encoder = timm.create_model(options.model, pretrained=options.pretrained, num_classes=0).eval()
     own = create_transform(**resolve_model_data_config(encoder), is_training=False)
@@ -85,7 +89,7 @@ def main() -> None:
     means: dict[str, list[Tensor]] = {}
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-    for slide in sorted(folder for folder in options.slides.iterdir() if folder.is_dir()):
+    for slide in slides:
         paths = sorted(slide.iterdir())
         transforms = {
             "as_scanned": own,

@@ -18,6 +18,7 @@ from torchvision.models import ResNet18_Weights, resnet18
 from torchvision.transforms import v2
 
 from stainnorm_transform import NormalizeStain
+from stainnorm_transform.cli.options import path_name
 
 TILES = Path(__file__).parent / "tiles"
 
@@ -59,15 +60,18 @@ def load(path: Path) -> tuple[nn.Sequential, list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=TILES, help="folder with one folder a class")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="checkpoint to write, .safetensors")
+    parser.add_argument("--data", type=path_name, default=TILES, help="folder with one folder a class")
+    parser.add_argument("--out", type=path_name, metavar="FILE", help="checkpoint to write, .safetensors")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--size", type=int, default=128, help="side of the images (default: %(default)s)")
     parser.add_argument("--pretrained", action="store_true", help="start from ImageNet weights, which are downloaded")
     options = parser.parse_args()
     torch.manual_seed(0)
     to_tensor = v2.Compose([v2.Resize((options.size,) * 2), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
-    images = ImageFolder(options.data, to_tensor)
+    try:
+        images = ImageFolder(options.data, to_tensor)
+    except OSError as error:
+        parser.error(f"expected a folder with one folder of images a class, like examples/tiles: {error}")
     # At random, as nothing is known of slides; otherwise each slide belongs on one side.
     train, held_out = random_split(images, [2 / 3, 1 / 3])
     train_loader, held_out_loader = DataLoader(train, 16, shuffle=True), DataLoader(held_out, 16)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from stainnorm_transform import NormalizeStain
+from stainnorm_transform.cli.options import file_name
 
 TILES = Path(__file__).parent / "tiles"
 
@@ -41,8 +42,8 @@ def describe(image: Tensor) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tile", type=Path, default=TILES / "lab_c/tile_1.png")
-    parser.add_argument("--target", type=Path, default=TILES / "lab_a/tile_1.png", help="for torchstain")
+    parser.add_argument("--tile", type=file_name, default=TILES / "lab_c/tile_1.png")
+    parser.add_argument("--target", type=file_name, default=TILES / "lab_a/tile_1.png", help="for torchstain")
     options = parser.parse_args()
     target = Image.open(options.target).convert("RGB")
     tiles = {"tile": Image.open(options.tile).convert("RGB"), "blank tile": Image.new("RGB", (256, 256), "white")}

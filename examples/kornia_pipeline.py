@@ -16,6 +16,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from stainnorm_transform import NormalizeStain, PerturbStain
+from stainnorm_transform.cli.options import path_name
 
 TILES = Path(__file__).parent / "tiles"
 
@@ -39,9 +40,11 @@ def for_training(normalize: NormalizeStain | None = None, max_offset: float = 10
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiles", type=Path, default=TILES)
+    parser.add_argument("--tiles", type=path_name, default=TILES, help="folder of PNG tiles, with its subfolders")
     options = parser.parse_args()
     paths = sorted(options.tiles.rglob("*.png"))
+    if not paths:
+        parser.error(f"expected a folder of PNG tiles of one size, like examples/tiles, got {options.tiles}")
     images = torch.stack([pil_to_tensor(Image.open(path)) for path in paths]) / 255
     masks = (images.mean(dim=1, keepdim=True) < 0.6).float()
     boxes = torch.tensor([20.0, 30.0, 120.0, 90.0]).expand(len(paths), 1, 4)

@@ -16,6 +16,7 @@ from torchvision.models import resnet18
 from torchvision.transforms import v2
 
 from stainnorm_transform import NormalizeStain
+from stainnorm_transform.cli.options import path_name
 
 TILES = Path(__file__).parent / "tiles"
 
@@ -46,13 +47,16 @@ class Classifier(lightning.LightningModule):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=TILES, help="folder with one folder a class")
-    parser.add_argument("--out", type=Path, default="lightning.ckpt", metavar="FILE", help="checkpoint to write")
+    parser.add_argument("--data", type=path_name, default=TILES, help="folder with one folder a class")
+    parser.add_argument("--out", type=path_name, default="lightning.ckpt", metavar="FILE", help="checkpoint to write")
     parser.add_argument("--steps", type=int, default=4)
     options = parser.parse_args()
     lightning.seed_everything(0)
     to_tensor = v2.Compose([v2.Resize((128, 128)), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
-    images = ImageFolder(options.data, to_tensor)
+    try:
+        images = ImageFolder(options.data, to_tensor)
+    except OSError as error:
+        parser.error(f"expected a folder with one folder of images a class, like examples/tiles: {error}")
     module = Classifier(len(images.classes))
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = lightning.Trainer(max_steps=options.steps, **quiet)

@@ -14,6 +14,7 @@ from camelyon17 import add_data_option, read_center
 from PIL import Image
 from tqdm import tqdm
 
+from stainnorm_transform.cli.options import path_name
 from stainnorm_transform.files import replacing
 from stainnorm_transform.resources import cores
 from stainnorm_transform.slides import SlideFormat, write_slide
@@ -74,7 +75,7 @@ def make_slide(data: Path, out: Path, width: int, height: int, center: int = 2, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_option(parser)
-    parser.add_argument("--out", type=Path, required=True, help="the slide to write, a .tif")
+    parser.add_argument("--out", type=path_name, required=True, help="the slide to write, a .tif")
     parser.add_argument("--side", type=int, default=32768, help="width and height in pixels (default: %(default)s)")
     parser.add_argument("--center", type=int, default=2, help="center of the tissue (default: %(default)s)")
     parser.add_argument("--tissue", type=float, default=1.0, help="share that is tissue (default: %(default)s)")

@@ -10,6 +10,7 @@ from monai.data import DataLoader, Dataset, decollate_batch
 from monai.transforms import Compose, EnsureChannelFirstd, Lambdad, LoadImaged, ScaleIntensityRanged
 
 from stainnorm_transform import NormalizeStain
+from stainnorm_transform.cli.options import path_name
 
 TILES = Path(__file__).parent / "tiles"
 
@@ -30,9 +31,11 @@ def pipeline(normalize: NormalizeStain | None = None) -> Compose:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiles", type=Path, default=TILES)
+    parser.add_argument("--tiles", type=path_name, default=TILES, help="folder of PNG tiles, with its subfolders")
     options = parser.parse_args()
     files = [{"image": path} for path in sorted(options.tiles.rglob("*.png"))]
+    if not files:
+        parser.error(f"expected a folder of PNG tiles, like examples/tiles, got {options.tiles}")
     for batch in DataLoader(Dataset(files, pipeline()), batch_size=4):
         for sample in decollate_batch(batch):
             image = sample["image"]

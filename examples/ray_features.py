@@ -20,10 +20,11 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from stainnorm_transform import NormalizeStain
+from stainnorm_transform.cli.options import path_name
 from stainnorm_transform.files import replacing
 from stainnorm_transform.folders import find
 from stainnorm_transform.slides import SlideTiles, is_slide
-from stainnorm_transform.slides.formats import SUFFIXES, without_parts
+from stainnorm_transform.slides.formats import SUFFIXES
 
 
 @ray.remote(max_retries=3)
@@ -44,19 +45,22 @@ def features(slide: Path, output: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("slides", type=Path, help="folder, searched with its subfolders")
-    parser.add_argument("--out", type=Path, required=True, help="folder that all machines of the cluster share")
+    parser.add_argument("slides", type=path_name, help="a slide, or folder of them, searched with its subfolders")
+    parser.add_argument("--out", type=path_name, required=True, help="folder that all machines of the cluster share")
     parser.add_argument("--cpus", type=int, default=1, help="of a task (default: %(default)s)")
     parser.add_argument(
         "--gpus", type=float, default=0, help="of a task; 0.5 lets two share one (default: %(default)s)"
     )
     options = parser.parse_args()
+    try:
+        found = find([options.slides], skip=options.out, suffixes=(*SUFFIXES, ".tif", ".tiff"))
+    except ValueError as error:
+        parser.error(f"expected slides: {error}")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(log_to_driver=False)
     options.out.mkdir(parents=True, exist_ok=True)
     waiting = {}
-    found = find([options.slides], skip=options.out, suffixes=(*SUFFIXES, ".tif", ".tiff"))
-    for path in without_parts(path for path in found if is_slide(path)):
+    for path in filter(is_slide, found):
         output = options.out.absolute() / f"{found[path]}.safetensors"
         if not output.exists():
             output.parent.mkdir(parents=True, exist_ok=True)

@@ -9,12 +9,13 @@ those of Ruifrok and Johnston (Anal. Quant. Cytol. Histol. 23, 2001) and of Mace
 import argparse
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+from stainnorm_transform.cli.options import path_name
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def render_tile(seed: int = 0, size: int = 128, lab: Lab = LABS["lab_a"]) -> Ten
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--out", type=path_name, required=True, help="folder to write to")
     options = parser.parse_args()
     for number, (name, lab) in enumerate(LABS.items()):
         folder = options.out / name

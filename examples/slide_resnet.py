@@ -14,6 +14,7 @@ from torchvision.models import resnet50
 from torchvision.transforms import v2
 
 from stainnorm_transform import NormalizeStain
+from stainnorm_transform.cli.options import file_name
 from stainnorm_transform.slides import SlideTiles
 
 
@@ -29,13 +30,18 @@ def predict(path: Path, model: nn.Module, device: str) -> Iterator[tuple[Tensor,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("slide", type=Path)
+    parser.add_argument(
+        "slide", type=file_name, help="https://openslide.cs.cmu.edu/download/openslide-testdata has some"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     model = resnet50(num_classes=2)  # load your weights here
-    for x, y, logits in predict(options.slide, model, options.device):
-        for row in zip(x.tolist(), y.tolist(), logits.softmax(dim=1)[:, 1].tolist(), strict=True):
-            print("x = {}, y = {}: {:.3f}".format(*row))
+    try:
+        for x, y, logits in predict(options.slide, model, options.device):
+            for row in zip(x.tolist(), y.tolist(), logits.softmax(dim=1)[:, 1].tolist(), strict=True):
+                print("x = {}, y = {}: {:.3f}".format(*row))
+    except ValueError as error:
+        parser.error(f"{options.slide}: {error}")
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ all tiles and of the mean without those that are far from the median.
 """
 
 import argparse
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from stainnorm_transform import NormalizeStain
+from stainnorm_transform.cli.options import file_name
 from stainnorm_transform.estimate import mean_offset, robust_mean_offset, tissue_sums
 from stainnorm_transform.resources import cores, in_order
 from stainnorm_transform.slides import Slide
@@ -52,7 +52,13 @@ def fold(tile: Tensor) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("slides", nargs="+", type=Path, metavar="SLIDE")
+    parser.add_argument(
+        "slides",
+        nargs="+",
+        type=file_name,
+        metavar="SLIDE",
+        help="a slide; https://openslide.cs.cmu.edu/download/openslide-testdata has some",
+    )
     parser.add_argument("--most", type=int, default=2048, help="tiles that are all of a slide (default: %(default)s)")
     options = parser.parse_args()
     normalize = NormalizeStain.pretrained()

@@ -28,7 +28,7 @@ WHITE = 255
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_data_option(parser)
+    add_data_option(parser, needed=("camelyon17", "camelyon16", "monuseg/images"))
     parser.add_argument("--weights", default=weights.DEFAULT, help="name or path (default: %(default)s)")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="take every Nth image (default: all)")
     options = parser.parse_args()

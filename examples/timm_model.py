@@ -16,6 +16,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 from stainnorm_transform import NormalizeStain
+from stainnorm_transform.cli.options import path_name
 
 TILES = Path(__file__).parent / "tiles"
 
@@ -39,12 +40,15 @@ def in_loader(model: nn.Module) -> tuple[Callable, nn.Module]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_tiny_patch16_224", help="name in timm (default: %(default)s)")
-    parser.add_argument("--tiles", type=Path, default=TILES)
+    parser.add_argument("--tiles", type=path_name, default=TILES, help="folder of PNG tiles, with its subfolders")
     parser.add_argument("--pretrained", action="store_true", help="timm's weights, which are downloaded")
     options = parser.parse_args()
+    paths = sorted(options.tiles.rglob("*.png"))
+    if not paths:
+        parser.error(f"expected a folder of PNG tiles, like examples/tiles, got {options.tiles}")
     torch.manual_seed(0)
     model = timm.create_model(options.model, pretrained=options.pretrained, num_classes=0)
-    tiles = [Image.open(path).convert("RGB") for path in sorted(options.tiles.rglob("*.png"))]
+    tiles = [Image.open(path).convert("RGB") for path in paths]
     features = []
     for name, way in (("as a layer", as_layer), ("in the loader", in_loader)):
         transform, network = way(model)

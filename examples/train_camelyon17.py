@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from camelyon17 import CENTERS, add_data_option, read, read_center
+from camelyon17 import CENTERS, add_data_option, missing, read, read_center
 from torch import Tensor
 
 from stainnorm_transform import ColorNormNet, TrainConfig, train, weights
+from stainnorm_transform.cli.options import path_name
 from stainnorm_transform.training import error_metrics, offset_errors
 
 
@@ -45,16 +46,20 @@ CAMELYON16 = {2: "utrecht", 3: "radboud"}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_option(parser)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write NAME.safetensors to")
+    parser.add_argument("--out", type=path_name, required=True, help="folder to write NAME.safetensors to")
     parser.add_argument(
         "--only", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="NAME", help="(default: all)"
     )
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--folds", type=int, help="measure by this many folds; 0: not at all")
-    parser.add_argument("--keep-folds", type=Path, metavar="DIR", help="folder to write the networks of the folds to")
+    parser.add_argument(
+        "--keep-folds", type=path_name, metavar="DIR", help="folder to write the networks of the folds to"
+    )
     parser.add_argument("--camelyon16", action="store_true", help="train on CAMELYON16 tiles of the same lab as well")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, one core each (default: %(default)s)")
     options = parser.parse_args()
+    if options.camelyon16 and (absent := missing(options.data, ["camelyon16"])):
+        parser.error(absent)
     for folder in filter(None, (options.out, options.keep_folds)):
         folder.mkdir(parents=True, exist_ok=True)
     if options.folds is not None and not (options.folds == 0 or 2 <= options.folds <= 6):

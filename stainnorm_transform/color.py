@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -256,6 +256,19 @@ def check_image(image: Tensor) -> None:
     if image.ndim < 3 or image.shape[-3] != 3 or 0 in image.shape[-2:]:
         hint = ": channels come first, permute it" if image.ndim >= 3 and image.shape[-1] == 3 else ""
         raise ValueError(f"expected an image of shape (..., 3, H, W) with H, W >= 1, got {tuple(image.shape)}{hint}")
+
+
+def image_of(sample: Any) -> Any:
+    """The image of a sample: the sample itself or, of a dict as ``SlideTiles`` yields it, what it has as ``image``.
+
+    Raises:
+        TypeError: a dict without an image.
+    """
+    if not isinstance(sample, Mapping):
+        return sample
+    if "image" not in sample:
+        raise TypeError(f"expected a dict with an image under 'image', got the keys {', '.join(map(repr, sample))}")
+    return sample["image"]
 
 
 def one_by_one(function: Callable[..., Tensor], image: Tensor, *rows: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import PIL.Image
@@ -25,6 +25,7 @@ from stainnorm_transform.color import (
     check_image,
     eager_on_cpu,
     is_eager,
+    image_of,
     look_up,
     random_offset,
     shift_ab,
@@ -175,11 +176,12 @@ class NormalizeStain(_ImageTransform):
         return estimate_offset(self.network, image, dense)
 
     @torch.no_grad()
-    def for_slide(self, tiles: Iterable[Tensor | PIL.Image.Image]) -> NormalizeStain:
+    def for_slide(self, tiles: Any) -> NormalizeStain:
         """A new transform with one fixed offset for all tiles of a slide, so that no seams appear between them.
 
         Args:
-            tiles: images of the slide, of any sizes: a batch, a list, batches from a data loader. A few dozen do.
+            tiles: images of the slide, of any sizes: a batch, a list, batches from a data loader, or a ``SlideTiles``
+                that does not normalize; also dicts with them as ``image``, as that yields. A few dozen do.
 
         Returns:
             A NormalizeStain that takes away the mean of the network's map over the tissue of all tiles, or nothing
@@ -189,11 +191,13 @@ class NormalizeStain(_ImageTransform):
             TypeError: something else than images, such as (image, label) pairs.
             ValueError: there are no tiles.
         """
+        tiles = image_of(tiles)
         if isinstance(tiles, PIL.Image.Image) or (isinstance(tiles, Tensor) and tiles.ndim == 3):
             raise TypeError("expected a batch or a list of tiles, got one image: put it in a list")
         total = torch.zeros(3, dtype=torch.float32, device=self.network.device)
         seen = 0
-        for tile in tiles:
+        for sample in tiles:
+            tile = image_of(sample)
             if not isinstance(tile, Tensor | PIL.Image.Image):
                 raise TypeError(f"expected tiles that are images or batches of images, got {type(tile).__name__}")
             image = _to_tensor(tile)

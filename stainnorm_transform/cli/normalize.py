@@ -27,21 +27,22 @@ from stainnorm_transform.slides import SlideFormat
 
 OVERVIEW = "overview.png"
 RAY_THREADS = 2
-# Of files that are left out, this many kinds are named.
-KINDS = 8
+# Of files that are left out, this many kinds are named; and of files of which the same is to be said, this many.
+KINDS, NAMED = 8, 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command, and its description."""
     parser.description = (
-        "Gives H&E images (PNG, JPEG, TIFF; 8-bit RGB or RGBA) and whole slides (what OpenSlide reads, and "
-        'OME-TIFF; in a clone, pip install ".[slides]") the colors of the target. Every image gets one a*, b* '
-        "offset of its own, so tiles of one slide may differ a little; a slide gets one as a whole, from a sample of "
-        "its tissue. Lightness, white (L* > 97) and black (L* < 5) stay, and what has no tissue keeps its colors. "
-        "Resolution, ICC profile and transparency are kept. Of images, JPEG is written at quality 95 without chroma "
-        "subsampling, TIFF without loss. Slides become tiled pyramidal BigTIFF; their label, and the image of the "
-        "whole glass, which shows it, are left out. Files of other kinds in a folder are left out, and "
-        "counted; folders in it that hold results of this command are not searched."
+        "Gives H&E images (PNG, JPEG, TIFF, BMP, WebP, JPEG 2000; 8-bit RGB or RGBA) and whole slides (what OpenSlide "
+        'reads, and OME-TIFF; in a clone, pip install ".[slides]") the colors of the target. Every image gets one a*, '
+        "b* offset of its own, so tiles of one slide may differ a little; a slide gets one as a whole, from a sample "
+        "of its tissue. Lightness, white (L* > 97) and black (L* < 5) stay, and what has no tissue keeps its colors. "
+        "Resolution, ICC profile and transparency are kept, where the format has them. Images keep their format: JPEG "
+        "is written at quality 95 without chroma subsampling, all others without loss. Label masks, images of few "
+        "flat colors, are copied as they are. Slides become tiled pyramidal BigTIFF; their label, and the image of "
+        "the whole glass, which shows it, are left out. Files of other kinds in a folder are left out, and counted; "
+        "folders in it that hold results of this command are not searched."
     )
     parser.epilog = (
         "DIR/offsets.csv lists each file, by its full path, with the offset that was taken from it; of several lines "
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the version of the program, and the options that the result depends on; of a slide of several files only the "
         "one that is opened is compared. Results of other weights are replaced with --again only. Results of files "
         "that are gone, or that have another name with --ome, stay. Files that cannot be normalized are named at the "
-        "end, and the exit status is then 1."
+        "end, as are files whose results would have one name, and the exit status is then 1."
     )
     add_inputs(parser, "image, slide")
     parser.add_argument(
@@ -214,12 +215,21 @@ def _report(plan: Plan, outcomes: Mapping[Path, Outcome], out: Path) -> None:
     print(f"{len(good)} of {len(plan.outputs)} images normalized to {target!r} in {printable(str(out))}{by_earlier}")
     for line in _left_out(plan.left_out):
         print(printable(line))
-    for path in good:
-        if outcomes[path].note:
-            print(printable(f"  {path}: {outcomes[path].note}"))
+    for line in _notes({path: outcomes[path].note for path in good if outcomes[path].note}):
+        print(printable(f"  {line}"))
     failed = [f"{path}: {outcome.error}" for path, outcome in outcomes.items() if outcome.error]
     if failed:
         print(f"{len(failed)} failed:", *map(printable, failed), sep="\n  ", file=sys.stderr)
+
+
+def _notes(notes: Mapping[Path, str]) -> Iterator[str]:
+    """What is to be said of files; where it is the same of many, their number."""
+    for note, count in Counter(notes.values()).items():
+        same = [path for path in notes if notes[path] == note]
+        if count > NAMED:
+            yield f"{same[0]} and {count - 1} others: {note}"
+        else:
+            yield from (f"{path}: {note}" for path in same)
 
 
 def _left_out(paths: Collection[Path]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Options that several commands and examples have."""
 
 from __future__ import annotations
 
@@ -18,6 +18,14 @@ def path_name(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("expected a file or folder, got an empty name")
     return Path(text)
+
+
+def file_name(text: str) -> Path:
+    """The path of a file that is there."""
+    path = path_name(text)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"expected a file that is there, got {text!r}")
+    return path
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

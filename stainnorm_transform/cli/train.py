@@ -8,9 +8,9 @@ import dataclasses
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -22,13 +22,14 @@ from stainnorm_transform import weights
 from stainnorm_transform.cli.options import add_device, add_inputs, path_name
 from stainnorm_transform.estimate import has_tissue, small_copy
 from stainnorm_transform.files import printable
-from stainnorm_transform.folders.images import ImageFiles
 from stainnorm_transform.folders.plan import find
+from stainnorm_transform.folders.targets import SLIDE_TILES, TargetImages
 from stainnorm_transform.resources import choose_device
+from stainnorm_transform.slides import formats, is_slide
 from stainnorm_transform.training import Report, TrainConfig, error_metrics, offset_errors, print_measured, train
 from stainnorm_transform.training.distributed import rank_and_count
 
-# Without --held-out, one image in this many is held out, and at most this many images.
+# Without --held-out, one file in this many is held out, and at most about this many images.
 HELD_OUT_EVERY, HELD_OUT_MOST = 5, 50
 NAMED = 10
 BAR = "{n}/{total} |{bar}| {remaining} left{postfix}"
@@ -37,16 +38,17 @@ BAR = "{n}/{total} |{bar}| {remaining} left{postfix}"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command, and its description."""
     parser.description = (
-        "Trains weights whose target is the color of the given H&E images (PNG, JPEG, TIFF; tiles or large "
-        "fields): a hundred tiles from ten or more slides of one lab are a good start. Needs no labels and no other "
-        "lab's images."
+        "Trains weights whose target is the color of the given H&E images (PNG, JPEG, TIFF, BMP, WebP, JPEG 2000; "
+        "tiles or large fields) and slides: a hundred tiles from ten or more slides of one lab are a good start. Of a "
+        f"slide up to {SLIDE_TILES} tiles are taken, spread evenly over its tissue, 128 micrometers a side, at full "
+        "resolution. Needs no labels and no other lab's images."
     )
     parser.epilog = (
-        "The state of the run is kept in NAME.checkpoint.safetensors until it is done; --resume goes on from "
-        "there. Images that cannot be used are named and left out. On several devices: torchrun --nproc-per-node COUNT "
+        "The state of the run is kept in NAME.checkpoint.safetensors until it is done; --resume goes on from there. "
+        "Files that cannot be used are named and left out. On several devices: torchrun --nproc-per-node COUNT "
         "--no-python stainnorm train ..."
     )
-    add_inputs(parser)
+    add_inputs(parser, "image, slide")
     parser.add_argument(
         "--out",
         required=True,
@@ -59,8 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=path_name,
         metavar="INPUT",
-        help="images to measure the error on and not to train on, best from slides of their own (default: one image in "
-        f"{HELD_OUT_EVERY}, at most {HELD_OUT_MOST})",
+        help="images and slides to measure the error on and not to train on, best slides of their own, or images of "
+        f"such (default: one file in {HELD_OUT_EVERY}, a slide with all its tiles; about {HELD_OUT_MOST} images at "
+        "most)",
     )
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run, if there is one")
     add_device(parser)
@@ -114,7 +117,7 @@ def run(options: argparse.Namespace) -> int:
         is_first = rank_and_count()[0] == 0
         training, held_out = _split(options.inputs, options.held_out, config, is_first)
         if is_first:
-            print(f"images to train on: {len(training)}, held out: {len(held_out)}; device: {device}", flush=True)
+            print(f"images to train on: {_count(training)}; held out: {_count(held_out)}; device: {device}", flush=True)
         with _reporting(config, is_first) as report:
             try:
                 network = train(
@@ -132,13 +135,13 @@ def run(options: argparse.Namespace) -> int:
                 return 130
         if is_first:
             errors = offset_errors(network, held_out, config.preserve_white) if len(held_out) else None
-            data, metrics = _metadata(len(training), errors)
+            data, metrics = _metadata(training, errors)
             weights.save(network, out, config, data=data, metrics=metrics)
             checkpoint.unlink()
             print(f"\nweights: {out}")
             print(f"to use them: stainnorm normalize INPUT --weights {shlex.quote(str(out))} --out DIR\n")
             if errors is None:
-                print("the error was not measured: there is only one image, and no --held-out")
+                print("the error was not measured: there is only one image or slide, and no --held-out")
             else:
                 _compare(out.stem, errors, held_out)
     return 0
@@ -169,35 +172,43 @@ def _split(
     apart = list(find(held_out)) if held_out else []
     kept_apart = {os.path.realpath(path) for path in apart}
     paths = [*apart, *(path for path in find(inputs) if os.path.realpath(path) not in kept_apart)]
-    files = ImageFiles(paths)
-    usable, unusable = [], []
-    for index, path in enumerate(tqdm(paths, desc="reading", unit="image", disable=None if show else True)):
+    if any(is_slide(path) for path in paths):
+        formats.packages()
+    images = TargetImages()
+    usable: dict[Path, list[int]] = {}
+    unusable = []
+    for path in tqdm(paths, desc="reading", unit="file", disable=None if show else True):
         try:
-            _check(files[index], config)
+            usable[path] = images.add(path, lambda image: _check(image, config))
         except ValueError as error:
-            unusable.append(str(error) if str(path) in str(error) else f"{path}: {error}")
-        else:
-            usable.append(index)
+            unusable.append(f"{path}: {error}")
     if unusable and show:
         more = [f"and {len(unusable) - NAMED} more"] if len(unusable) > NAMED else []
         print(
-            f"{len(unusable)} of {len(paths)} images cannot be used and are left out:",
+            f"{len(unusable)} of {len(paths)} files cannot be used and are left out:",
             *map(printable, unusable[:NAMED]),
             *more,
             sep="\n  ",
             file=sys.stderr,
         )
-    training = [index for index in usable if index >= len(apart)]
-    measured = [index for index in usable if index < len(apart)]
-    if not apart and len(training) > 1:
-        count = min(max(1, len(training) // HELD_OUT_EVERY), HELD_OUT_MOST)
-        measured = [training[(2 * number + 1) * len(training) // (2 * count)] for number in range(count)]
-        training = sorted(set(training) - set(measured))
+    measured = [path for path in apart if path in usable] if apart else _hold_out(usable)
+    training = [path for path in usable if path not in set(measured)]
     if not training:
         raise ValueError("no image is left to train on")
     if apart and not measured:
         raise ValueError("no held-out image is left to measure on")
-    return Subset(files, training), Subset(files, measured)
+    chosen = [[number for path in paths for number in usable[path]] for paths in (training, measured)]
+    return Subset(images, chosen[0]), Subset(images, chosen[1])
+
+
+def _hold_out(usable: Mapping[Path, Sequence[int]]) -> list[Path]:
+    """The files to measure on, evenly chosen; of a slide, no tile is then trained on."""
+    paths = list(usable)
+    if len(paths) < 2:
+        return []
+    most = HELD_OUT_MOST * len(paths) // sum(map(len, usable.values()))
+    count = max(1, min(len(paths) // HELD_OUT_EVERY, most))
+    return [paths[(2 * number + 1) * len(paths) // (2 * count)] for number in range(count)]
 
 
 def _check(image: Tensor, config: TrainConfig) -> None:
@@ -228,9 +239,21 @@ def _reporting(config: TrainConfig, show: bool) -> Iterator[Callable[[Report], N
         yield update
 
 
-def _metadata(count: int, errors: Tensor | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def _slides(images: Subset[Tensor]) -> int:
+    return cast(TargetImages, images.dataset).slides(images.indices)
+
+
+def _count(images: Subset[Tensor]) -> str:
+    slides = _slides(images)
+    return f"{len(images)}, of {slides} slide{'s' * (slides > 1)}" if slides else f"{len(images)}"
+
+
+def _metadata(images: Subset[Tensor], errors: Tensor | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Data and metrics to save with the weights; without file names, which may hold those of patients."""
+    count, slides = len(images), _slides(images)
     data = {"summary": f"{count} images", "images": count, "held_out": 0 if errors is None else len(errors)}
+    if slides:
+        data |= {"summary": f"{count} images, tiles of {slides} slides among them", "slides": slides}
     if errors is None:
         return data, {"summary": "held-out error not measured"}
     return data, error_metrics(errors)

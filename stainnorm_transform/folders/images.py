@@ -1,36 +1,46 @@
-"""Image files: reading and writing them, and a dataset of them."""
+"""Image files: reading and writing them."""
 
 from __future__ import annotations
 
 import io
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
-from torch import Tensor
-from torch.utils.data import Dataset
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from stainnorm_transform.files import check_regular
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
-# In TIFF the scale stands here; ImageJ and others say micrometers in the description.
-KEPT_TAGS = (
-    ExifTags.Base.ImageDescription,
-    ExifTags.Base.XResolution,
-    ExifTags.Base.YResolution,
-    ExifTags.Base.ResolutionUnit,
-)
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".jp2", ".j2k")
+# A label mask has at most this many colors, at least this many pixels for each, and this share of neighbors is alike.
+MASK_COLORS, MASK_PIXELS, MASK_ALIKE = 64, 100, 0.8
+_JPEG: dict[str, Any] = {"quality": 95, "subsampling": 0}
+_TIFF: dict[str, Any] = {"compression": "tiff_adobe_deflate"}
+# How each format is written. WebP with loss halves the resolution of color; ``exact`` keeps the colors of what is
+# transparent.
+_HOW: dict[str, dict[str, Any]] = {
+    ".jpg": _JPEG,
+    ".jpeg": _JPEG,
+    ".tif": _TIFF,
+    ".tiff": _TIFF,
+    ".webp": {"lossless": True, "exact": True},
+    ".jp2": {"mct": 1},
+    ".j2k": {"mct": 1, "no_jp2": True},
+}
+# In JPEG 2000 the size of the image and the bits of its channels follow these bytes.
+_CODESTREAM = b"\xff\x4f\xff\x51"
 
 
 def read(path: Path) -> Image.Image:
-    """Reads an image file of mode RGB or RGBA; palettes are resolved.
+    """Reads an image file of mode RGB or RGBA, with palettes resolved, or a label mask as it is: see ``is_mask``.
 
     Raises:
-        ValueError: it is grey, has more than 8 bits a channel, more than one page, or another color model or suffix.
+        ValueError: it is grey, has more than 8 bits a channel, more than one page, another color model or suffix, or
+            more pixels than Pillow takes for safe.
         OSError: it is no image, or not a whole one.
     """
     if path.suffix.lower() not in SUFFIXES:
@@ -41,8 +51,14 @@ def read(path: Path) -> Image.Image:
             # Of metadata that is not used, or of a size below the limit.
             warnings.simplefilter("ignore")
             return _read(path)
-    except (ValueError, MemoryError, Image.DecompressionBombError, UnidentifiedImageError):
+    except (ValueError, MemoryError, UnidentifiedImageError):
         raise
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels, the limit against decompression bombs: convert "
+            "it to a tiled TIFF, which is read piece by piece, as libvips does by: vips tiffsave IN OUT.tif --tile "
+            "--pyramid --bigtiff --compression deflate"
+        ) from error
     except Exception as error:  # Pillow's decoders let errors of every kind through.
         if isinstance(error, OSError) and error.errno:
             raise
@@ -51,15 +67,19 @@ def read(path: Path) -> Image.Image:
 
 def _read(path: Path) -> Image.Image:
     with Image.open(path) as image:
-        if _bits(image) > 8:  # Pillow would drop the lower bits in silence.
+        if _bits(image, path) > 8:  # Pillow would drop the lower bits in silence.
             raise ValueError("16 bits a channel: convert it to 8 bits first")
         if getattr(image, "n_frames", 1) > 1:
             raise ValueError("more than one page, of which only the first would be kept: split it first")
         image.load()
+        if is_mask(image):
+            return image
         if image.mode in ("1", "L", "LA", "I", "F"):
             raise ValueError(f"a grey image (mode {image.mode}) has no stain color")
         if image.mode == "P" or "transparency" in image.info:
             resolved = image.convert("RGBA" if "transparency" in image.info else "RGB")
+            if isinstance(image, TiffImageFile):
+                resolved.tag_v2 = image.tag_v2  # type: ignore[attr-defined]
             resolved.info = {key: value for key, value in image.info.items() if key != "transparency"}
             return resolved
         if image.mode not in ("RGB", "RGBA"):
@@ -67,44 +87,29 @@ def _read(path: Path) -> Image.Image:
         return image
 
 
-def _bits(image: Image.Image) -> int:
+def _bits(image: Image.Image, path: Path) -> int:
     """Bits a channel of an image file that is open but not loaded."""
     if isinstance(image, TiffImageFile):
         return int(max(image.tag_v2.get(ExifTags.Base.BitsPerSample, (8,))))
+    if image.format == "JPEG2000":
+        with path.open("rb") as file:
+            size = file.read(1 << 20).partition(_CODESTREAM)[2]
+        return (size[38] & 0x7F) + 1 if len(size) > 38 else 8
     return 16 if ";16" in str(image.tile) else 8  # type: ignore[attr-defined]
 
 
-class ImageFiles(Dataset[Tensor]):
-    """The images of files as uint8 tensors (3, H, W), on white glass where transparent.
+def is_mask(image: Image.Image) -> bool:
+    """Whether an image is a label mask, or blank: of few flat colors, which stand for classes and not for stain.
 
-    Args:
-        paths: the files.
-        memory: how many bytes of images to keep, instead of reading them again.
+    These are at most 64, and one for every 100 pixels; and 4 of 5 neighbors, side by side or one above the other, are
+    alike. Tissue is textured: not even a pale or small tile comes near.
     """
-
-    def __init__(self, paths: Sequence[Path], memory: int = 1 << 30) -> None:
-        self.paths = list(paths)
-        self.memory = memory
-        self.kept: dict[int, Tensor] = {}
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Tensor:
-        if index in self.kept:
-            return self.kept[index]
-        try:
-            image = pil_to_tensor(flatten(read(self.paths[index])))
-        except Exception as error:
-            raise ValueError(f"{self.paths[index]}: {error or type(error).__name__}") from error
-        if image.nbytes <= self.memory:
-            self.memory -= image.nbytes
-            self.kept[index] = image
-        return image
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Processes that do not share memory read what they need themselves.
-        return {"paths": self.paths, "memory": 0, "kept": {}}
+    most = min(MASK_COLORS, image.width * image.height // MASK_PIXELS)
+    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA") or not most or image.getcolors(most) is None:
+        return False
+    pixels = np.asarray(image).reshape(image.height, image.width, -1)
+    alike = [(pixels[1:] == pixels[:-1]).all(axis=-1), (pixels[:, 1:] == pixels[:, :-1]).all(axis=-1)]
+    return bool(sum(map(np.count_nonzero, alike)) >= MASK_ALIKE * sum(each.size for each in alike))
 
 
 def flatten(image: Image.Image) -> Image.Image:
@@ -112,15 +117,20 @@ def flatten(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
     white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image).convert("RGB")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
 def encode(image: Image.Image, suffix: str, like: Image.Image | None = None) -> bytes:
-    """The content of an image file, with the resolution, ICC profile and EXIF data of ``like``.
+    """The content of an image file, with the resolution, ICC profile and EXIF data of ``like``, as far as formats go.
 
-    JPEG is written at quality 95 without chroma subsampling, TIFF with lossless compression.
+    JPEG is written at quality 95 without chroma subsampling, all others without loss.
+
+    Raises:
+        ValueError: the format has no transparency, and the image has.
     """
     suffix = suffix.lower()
+    if suffix == ".bmp" and image.mode == "RGBA":
+        raise ValueError("not supported: BMP with transparency, convert it to PNG")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd metadata
         options = _options(suffix, like)
@@ -131,18 +141,42 @@ def encode(image: Image.Image, suffix: str, like: Image.Image | None = None) -> 
 
 
 def _options(suffix: str, like: Image.Image | None) -> dict[str, Any]:
-    info = like.info if like else {}
-    options: dict[str, Any] = {key: info[key] for key in ("dpi", "icc_profile") if key in info}
-    if suffix in (".jpg", ".jpeg"):
-        options |= {"quality": 95, "subsampling": 0}
-    if suffix in (".tif", ".tiff"):
-        options["compression"] = "tiff_adobe_deflate"
-        if isinstance(like, TiffImageFile):
-            options.pop("dpi", None)
-            options["tiffinfo"] = {tag: like.tag_v2[tag] for tag in KEPT_TAGS if tag in like.tag_v2}
-            # tifffile describes the layout of its pixels, which is another one here.
-            if str(options["tiffinfo"].get(ExifTags.Base.ImageDescription, "")).startswith('{"shape"'):
-                del options["tiffinfo"][ExifTags.Base.ImageDescription]
-    elif like and like.getexif():
-        options["exif"] = like.getexif()
+    options = dict(_HOW.get(suffix, {}))
+    if like is None:
+        return options
+    if "icc_profile" in like.info:
+        options["icc_profile"] = like.info["icc_profile"]
+    if hasattr(like, "tag_v2") and suffix in (".tif", ".tiff"):
+        options["tiffinfo"] = _scale_tags(like.tag_v2)
+        return options
+    if _is_resolution(like.info.get("dpi")):
+        options["dpi"] = like.info["dpi"]
+    if exif := like.getexif():
+        for tag, text in exif.items():
+            exif[tag] = _as_stored(text)
+        options["exif"] = exif
     return options
+
+
+def _scale_tags(stored: Mapping[int, Any]) -> dict[int, Any]:
+    """Of the tags of a TIFF those that say its scale: resolution, and the description of ImageJ, OME and others."""
+    tags = ExifTags.Base
+    kept: dict[int, Any] = {}
+    if _is_resolution([stored.get(tag) for tag in (tags.XResolution, tags.YResolution)]):
+        names = (tags.XResolution, tags.YResolution, tags.ResolutionUnit)
+        kept = {tag: stored[tag] for tag in names if tag in stored}
+    description = stored.get(tags.ImageDescription)
+    # tifffile describes the layout of its pixels, which is another one here.
+    if description and not str(description).startswith('{"shape"'):
+        kept[tags.ImageDescription] = _as_stored(description)
+    return kept
+
+
+def _as_stored(value: Any) -> Any:
+    """The bytes of a text of a tag, which Pillow reads as Latin-1 and would write as ASCII."""
+    return value.encode("latin-1", "replace") if isinstance(value, str) else value
+
+
+def _is_resolution(values: Any) -> bool:
+    """Whether both sides of a resolution are given, finite and above 0: 0/0, for one, is none."""
+    return values is not None and all(value is not None and 0 < value < math.inf for value in values)

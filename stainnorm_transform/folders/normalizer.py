@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from stainnorm_transform import __version__
@@ -91,8 +92,7 @@ class FileNormalizer:
         output.parent.mkdir(parents=True, exist_ok=True)
         if is_slide(path):
             return self._slide(transform, source, path, output, progress)
-        self._image(transform, source, path, output)
-        return None
+        return self._image(transform, source, path, output)
 
     def _slide(
         self, transform: NormalizeStain, source: Source, path: Path, output: Path, progress: Progress
@@ -116,20 +116,14 @@ class FileNormalizer:
                 notes.append("the slide does not say its resolution, nor does the result")
         return "; ".join(notes) or None
 
-    def _image(self, transform: NormalizeStain, source: Source, path: Path, output: Path) -> None:
-        """Keeps the transparency."""
+    def _image(self, transform: NormalizeStain, source: Source, path: Path, output: Path) -> str | None:
         image = images.read(path)
-        device = transform.network.device
-        colors = pil_to_tensor(image.convert("RGB")).to(device)
-        seen = colors if image.mode == "RGB" else pil_to_tensor(images.flatten(image)).to(device)
-        offset = _finite(transform.estimate_offset(seen))
-        after = to_pil_image(shift_ab(colors, -offset[1:], transform.preserve_white).cpu())
-        if image.mode == "RGBA":
-            after.putalpha(image.getchannel("A"))
-        content = images.encode(after, output.suffix, like=image)
+        is_mask = images.is_mask(image)
+        content, a, b = (path.read_bytes(), 0.0, 0.0) if is_mask else _normalized(transform, image, output.suffix)
         with replacing(output) as temporary:
             temporary.write_bytes(content)
-            self.record.add(source, output, offset[1].item(), offset[2].item(), temporary)
+            self.record.add(source, output, a, b, temporary)
+        return "few flat colors, as in a label mask: copied as it is" if is_mask else None
 
     def _transform_of(self, path: Path) -> NormalizeStain:
         if self.settings.offsets is None:
@@ -147,6 +141,18 @@ class FileNormalizer:
             how += " lossless" if chosen.quality is None else f" quality {chosen.quality}"
             how += " label" * chosen.keep_label + " srgb" * self.settings.to_srgb
         return how
+
+
+def _normalized(transform: NormalizeStain, image: Image.Image, suffix: str) -> tuple[bytes, float, float]:
+    """The file of an image after normalizing, with its transparency, and the a* and b* that were taken away."""
+    device = transform.network.device
+    colors = pil_to_tensor(image.convert("RGB")).to(device)
+    seen = colors if image.mode == "RGB" else pil_to_tensor(images.flatten(image)).to(device)
+    offset = _finite(transform.estimate_offset(seen))
+    after = to_pil_image(shift_ab(colors, -offset[1:], transform.preserve_white).cpu())
+    if image.mode == "RGBA":
+        after.putalpha(image.getchannel("A"))
+    return images.encode(after, suffix, like=image), offset[1].item(), offset[2].item()
 
 
 def _finite(offset: torch.Tensor) -> torch.Tensor:

@@ -22,12 +22,14 @@ class Plan:
     Attributes:
         normalizer: what makes a result of a file.
         outputs: the result of each file.
+        clashes: why some of these files are not normalized: others would be written to the same place.
         left_out: files of other kinds, and folders of results, in the folders that were searched.
         replaces: whether some outputs are there by other weights.
     """
 
     normalizer: FileNormalizer
     outputs: dict[Path, Path]
+    clashes: dict[Path, str]
     left_out: set[Path]
     replaces: bool
 
@@ -41,6 +43,9 @@ class Plan:
         """
         work = {}
         for path, output in self.outputs.items():
+            if path in self.clashes:
+                outcomes[path] = Outcome(error=self.clashes[path])
+                continue
             try:
                 if (again and not self.replaces) or not self.normalizer.is_current(path, output):
                     work[path] = output
@@ -74,8 +79,8 @@ def make_plan(settings: Settings, inputs: Sequence[Path], reserved: Sequence[str
             raise ValueError(f"{folder} is an input, whose files would be overwritten: choose another output folder")
     normalizer = FileNormalizer(settings)
     left_out: set[Path] = set()
-    found = find(inputs, out, SUFFIXES + formats.SUFFIXES, left_out)
-    named = {path: normalizer.output_name(path, found[path]) for path in formats.without_parts(found)}
+    found = find(inputs, out, left_out=left_out)
+    named = {path: normalizer.output_name(path, below) for path, below in found.items()}
     outputs = place(named, out, [record.NAME, *reserved])
     if any(is_slide(path) for path in outputs):
         formats.packages()
@@ -94,24 +99,24 @@ def make_plan(settings: Settings, inputs: Sequence[Path], reserved: Sequence[str
             f"{len(others)} of the results in {out} were made with other weights ({others[0]}): add --again to replace "
             "them, or choose another output folder"
         )
-    return Plan(normalizer, outputs, left_out, bool(others))
+    return Plan(normalizer, outputs, find_clashes(outputs), left_out, bool(others))
 
 
 def find(
     inputs: Sequence[Path],
     skip: Path | None = None,
-    suffixes: tuple[str, ...] = SUFFIXES,
+    suffixes: tuple[str, ...] = SUFFIXES + formats.SUFFIXES,
     left_out: set[Path] | None = None,
 ) -> dict[Path, Path]:
-    """The images among files and in folders, searched recursively: real path -> path below its input folder.
+    """The images and slides among files and in folders, searched recursively: real path -> path below its input folder.
 
-    Links to folders are not followed. Folders below a given one that hold results of ``stainnorm normalize`` are not
-    searched.
+    Files that are parts of a slide are left out. Links to folders are not followed. Folders below a given one that hold
+    results of ``stainnorm normalize`` are not searched.
 
     Args:
-        inputs: images and folders.
+        inputs: images, slides and folders.
         skip: a folder not to search.
-        suffixes: of images in folders.
+        suffixes: of files in folders.
         left_out: gets the files in folders that have other suffixes, and the folders of results.
 
     Raises:
@@ -130,7 +135,7 @@ def find(
             found.setdefault(Path(real(path.parent), path.name), below)
     if not found:
         raise ValueError(f"no images ({', '.join(suffixes)}) in {', '.join(str(given) for given in inputs)}")
-    return found
+    return {path: found[path] for path in formats.without_parts(found)}
 
 
 def place(found: Mapping[Path, Path], out: Path, reserved: Sequence[str] = ()) -> dict[Path, Path]:
@@ -142,23 +147,30 @@ def place(found: Mapping[Path, Path], out: Path, reserved: Sequence[str] = ()) -
         reserved: names in ``out`` that are taken.
 
     Raises:
-        ValueError: two images for one output, or an output that is an input or reserved.
+        ValueError: an output is an input or reserved.
     """
     outputs = {path: out / below for path, below in found.items()}
-    sources: dict[Path, Path] = {}
     originals = {_identity(path) for path in outputs}
     for path, output in outputs.items():
         # The same file may have several names, by links, mounts or letter case.
         if os.path.exists(output) and _identity(output) in originals:
             raise ValueError(f"{output} is an input and would be overwritten: choose another output folder")
-        if output in sources:
-            raise ValueError(
-                f"{sources[output]} and {path} would both be written to {output}: use two output folders, in two runs"
-            )
         if output.relative_to(out).parts[0] in reserved:
             raise ValueError(f"{path} would be written to {output}, which is for something else: rename it")
-        sources[output] = path
     return outputs
+
+
+def find_clashes(outputs: Mapping[Path, Path]) -> dict[Path, str]:
+    """The files of which others would be written to the same place, and that in words."""
+    sources: dict[Path, list[Path]] = {}
+    for path, output in outputs.items():
+        sources.setdefault(output, []).append(path)
+    return {
+        path: f"{others[others[0] == path]} would be written to {output} as well: rename one, or use two output folders"
+        for output, others in sources.items()
+        if len(others) > 1
+        for path in others
+    }
 
 
 def _identity(path: str | os.PathLike[str]) -> object:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from stainnorm_transform.color import check_image, rgb_to_lab
+from stainnorm_transform.color import check_image, image_of, rgb_to_lab
 from stainnorm_transform.estimate import tissue_weight, unit_range
 from stainnorm_transform.resources import one_torch_thread
 from stainnorm_transform.training.config import TrainConfig
@@ -128,13 +128,13 @@ def _is_map_style(images: Any) -> bool:
 
 
 def to_tensor(sample: Any) -> Tensor:
-    """The image of a sample: a PIL image of mode RGB or a tensor (3, H, W), alone or before labels in a tuple or list.
+    """The image of a sample, PIL of mode RGB or a tensor (3, H, W): alone, first in a tuple, or ``image`` in a dict.
 
     Raises:
         TypeError: it is something else, or neither uint8 nor floating point.
         ValueError: its shape or mode is another one.
     """
-    image = sample[0] if isinstance(sample, (tuple, list)) and len(sample) else sample
+    image = _content(sample)
     if isinstance(image, PIL.Image.Image):
         if image.mode != "RGB":
             raise ValueError(f"expected PIL images of mode RGB, got {image.mode}")
@@ -143,6 +143,11 @@ def to_tensor(sample: Any) -> Tensor:
     if image.ndim != 3:
         raise ValueError(f"expected images of shape (3, H, W), got {tuple(image.shape)}")
     return image
+
+
+def _content(sample: Any) -> Any:
+    """The image, or batch of images, of a sample."""
+    return image_of(sample[0] if isinstance(sample, (tuple, list)) and len(sample) else sample)
 
 
 class _DatasetCrops(Dataset[Crop]):
@@ -196,9 +201,9 @@ class _StreamCrops(IterableDataset[Crop]):
 
 def _unbatched(sample: Any) -> Iterator[Tensor]:
     """The images of a sample, which may also be a batch (N, 3, H, W), as a DataLoader makes it."""
-    first = sample[0] if isinstance(sample, (tuple, list)) and len(sample) else sample
-    batched = isinstance(first, Tensor) and first.ndim == 4
-    yield from (to_tensor(image) for image in (first if batched else [first]))
+    content = _content(sample)
+    batched = isinstance(content, Tensor) and content.ndim == 4
+    yield from (to_tensor(image) for image in (content if batched else [content]))
 
 
 def tissue_crop(image: Tensor, config: TrainConfig, index: int, attempt: int = 0) -> Crop | None:

@@ -81,7 +81,8 @@ def train(
         images: images of the target, of any sizes from ``config.crop``: a list or map-style dataset, from which all are
             drawn equally often, or an iterable, such as a DataLoader, that gives the same images in the same order
             whenever it is read. An image is a PIL image of mode RGB or a tensor (3, H, W), uint8 or floating point in
-            [0, 1], alone or first in a tuple; an iterable may also give batches (N, 3, H, W). Images are not kept.
+            [0, 1], alone, first in a tuple, or as ``image`` in a dict, as of a ``SlideTiles`` that does not normalize;
+            an iterable may also give batches (N, 3, H, W). Images are not kept.
         config: the recipe.
         held_out: images of the target, with tissue, that are not in ``images``, to measure ``Report.held_out_error``
             on. Small copies of them are kept.

@@ -12,7 +12,7 @@ import torch
 from camelyon17 import read
 from PIL import Image
 from render_tiles import render_tile
-from synthetic import png, save
+from synthetic import png, rows, save
 from torchvision.transforms.v2.functional import to_pil_image
 
 from stainnorm_transform import __version__, weights
@@ -181,7 +181,8 @@ def test_decompression_bombs_are_refused(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     save(tmp_path / "a.png")
     assert run(tmp_path / "a.png") == 1
-    assert "decompression bomb" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "a.png: more than 2,000 pixels, the limit against decompression bombs: convert it to a tiled TIFF" in printed
 
 
 def test_other_files_are_refused_by_name(run, tmp_path, capsys):
@@ -194,8 +195,7 @@ def test_other_files_are_refused_by_name(run, tmp_path, capsys):
     ("make", "inputs", "message"),
     [
         ("", ["nowhere"], "nowhere does not exist"),
-        ("empty/notes.txt", ["empty"], r"no images (.png, .jpg, .jpeg, .tif, .tiff, .svs, "),
-        ("x/a.png y/a.png", ["x", "y"], "would both be written to"),
+        ("empty/notes.txt", ["empty"], "no images (.png, .jpg, .jpeg, .tif, .tiff, .bmp, .webp, .jp2, .j2k, .svs, "),
     ],
 )
 def test_nothing_is_written_where_the_plan_is_wrong(run, tmp_path, capsys, make, inputs, message):
@@ -204,6 +204,24 @@ def test_nothing_is_written_where_the_plan_is_wrong(run, tmp_path, capsys, make,
     assert run(*(tmp_path / name for name in inputs)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_files_for_one_place_fail_by_name_and_the_rest_is_done(run, tmp_path, capsys):
+    clashing = [save(tmp_path / folder / "a.png") for folder in ("x", "y", "z")]
+    rest = [save(tmp_path / "x/b.png"), save(tmp_path / "y/deeper/a.png")]
+    for _ in range(2):
+        assert run(tmp_path / "x", tmp_path / "y", tmp_path / "z") == 1
+        printed = capsys.readouterr()
+        assert "2 of 5 images normalized" in printed.out
+        for path, other in zip(clashing, [clashing[1], *clashing[:1] * 2], strict=True):
+            assert f"  {path}: {other} would be written to {tmp_path}/out/a.png as well: rename one" in printed.err
+    assert "2 of them by an earlier run" in printed.out
+    assert {row["input"] for row in rows(tmp_path / "out")} == set(map(str, rest))
+    # What an earlier run made of one of them stays.
+    assert run(tmp_path / "x", out="second") == 0
+    before = (tmp_path / "second/a.png").stat()
+    assert run(tmp_path / "x", tmp_path / "y", out="second", options=["--again"]) == 1
+    assert (tmp_path / "second/a.png").stat() == before
 
 
 def test_inputs_are_never_overwritten(run, tmp_path, capsys):
@@ -339,14 +357,14 @@ def test_what_is_left_out_is_counted_by_kind(run, tmp_path, capsys):
     folder = tmp_path / "in"
     save(folder / "a.png")
     (folder / "deeper").mkdir()
-    for name in ("b.BMP", "deeper/c.bmp", "e.vsi", "notes", "IM.0001", "IM.0002", ".hidden"):
+    for name in ("b.GIF", "deeper/c.gif", "e.vsi", "notes", "IM.0001", "IM.0002", ".hidden"):
         (folder / name).write_bytes(b"x")
     save(folder / "slide/data.png")  # as a MIRAX slide has them
     (folder / "slide.mrxs").write_bytes(b"x")
     assert run(folder) == 1
     printed = capsys.readouterr().out
     assert "1 of 2 images normalized" in printed
-    assert "Left out 6 files of kinds that are not read: 2 .bmp, 1 .vsi, 3 others\n" in printed
+    assert "Left out 6 files of kinds that are not read: 2 .gif, 1 .vsi, 3 others\n" in printed
     assert run(folder / "a.png") == 0
     assert "Left out" not in capsys.readouterr().out
 

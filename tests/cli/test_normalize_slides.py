@@ -184,9 +184,17 @@ def test_inputs_are_no_outputs(run, tmp_path, capsys):
     assert run(path, out="in") == 2
     assert "is an input and would be overwritten" in capsys.readouterr().err
     assert path.read_bytes() == before
-    make_slide(tmp_path / "in/a.svs", tissue(300, 300))
-    assert run(tmp_path / "in") == 2
-    assert "would both be written to" in capsys.readouterr().err
+
+
+def test_slides_that_differ_by_their_suffix_fail_by_name(run, tmp_path, capsys):
+    for name in ("a.svs", "a.tif", "b.svs"):
+        make_slide(tmp_path / "in" / name, tissue(300, 300))
+    assert run(tmp_path / "in") == 1
+    printed = capsys.readouterr().err
+    assert "2 failed" in printed
+    for name, other in (("a.svs", "a.tif"), ("a.tif", "a.svs")):
+        assert f"{name}: {tmp_path}/in/{other} would be written to {tmp_path}/out/a.tif as well" in printed
+    assert [row["output"] for row in rows(tmp_path / "out")] == ["b.tif"]
 
 
 def test_a_full_disk_leaves_no_part_of_a_slide(run, tmp_path, small_disk, capsys):

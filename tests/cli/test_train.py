@@ -4,16 +4,18 @@ import re
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors
 import torch
 from apart import Stop, in_a_terminal, run_apart
-from PIL import Image
 from render_tiles import render_tile
+from synthetic import make_slide, tissue
 from torchvision.transforms.v2.functional import to_pil_image
 
 from stainnorm_transform import NormalizeStain, TrainConfig, weights
 from stainnorm_transform.cli.main import _parser, main
+from stainnorm_transform.cli.train import _hold_out
 from stainnorm_transform.color import shift_ab
 
 FAST = ["--iterations", "4", "--batch-size", "4", "--report-every", "2", "--device", "cpu"]
@@ -57,7 +59,7 @@ def test_from_tiles_to_normalized_images(tiles, tmp_path, capsys):
     assert main(["train", str(tiles), "--out", str(out), *FAST, "--seed", "5"]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["lab.safetensors"]
     printed = capsys.readouterr().out
-    assert "images to train on: 5, held out: 1; device: cpu" in printed
+    assert "images to train on: 5; held out: 1; device: cpu" in printed
     assert "iteration 4: loss" in printed
     assert f"weights: {out}" in printed
     for label in ("lab", "shipped camelyon17", "the same, its mean removed"):
@@ -184,19 +186,21 @@ def test_images_that_cannot_be_used_are_named_and_left_out(tiles, tmp_path, caps
     save(render_tile(0, 20), folder / "small.png")
     save(torch.full((3, 64, 64), 255, dtype=torch.uint8), folder / "white.png")
     save(torch.full((3, 64, 64), 90, dtype=torch.uint8), folder / "one_color.png")
+    save(torch.randint(200, 256, (1, 64, 64)).to(torch.uint8).expand(3, 64, 64), folder / "noise.png")
     (folder / "text.png").write_text("not an image")
     whole = (folder / "good_0.png").read_bytes()
     (folder / "half.png").write_bytes(whole[: len(whole) // 2])
-    Image.new("L", (64, 64)).save(folder / "grey.png")
+    to_pil_image(render_tile(0, 64)).convert("L").save(folder / "grey.png")
     assert main(["train", str(folder), "--out", str(tmp_path / "lab.safetensors"), *FAST]) == 0
     captured = capsys.readouterr()
-    assert "images to train on: 2, held out: 1" in captured.out
+    assert "images to train on: 2; held out: 1" in captured.out
     lines = captured.err.splitlines()
-    assert "6 of 9 images cannot be used and are left out:" in lines
+    assert "7 of 10 files cannot be used and are left out:" in lines
     for name, reason in {
         "small.png": "20 x 20 pixels, smaller than a crop of 32 x 32",
-        "white.png": "no tissue",
-        "one_color.png": "no tissue",
+        "white.png": "few flat colors: a label mask, or blank",
+        "one_color.png": "few flat colors",
+        "noise.png": "no tissue",
         "text.png": "cannot identify image file",
         "half.png": "truncated",
         "grey.png": "a grey image",
@@ -208,10 +212,60 @@ def test_held_out_images_are_not_trained_on(tiles, tmp_path, capsys):
     held_out = tiles / "slide_1"
     out = tmp_path / "lab.safetensors"
     assert main(["train", str(tiles), "--held-out", str(held_out), "--out", str(out), *FAST]) == 0
-    assert "images to train on: 3, held out: 3" in capsys.readouterr().out
+    assert "images to train on: 3; held out: 3" in capsys.readouterr().out
     alone = tmp_path / "alone.safetensors"
     assert main(["train", str(tiles / "slide_0"), "--held-out", str(held_out), "--out", str(alone), *FAST]) == 0
     assert_same_weights(out, alone)
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory):
+    """Six slides of 9 tiles each."""
+    folder = tmp_path_factory.mktemp("slides")
+    for number in range(6):
+        pixels = np.roll(tissue(768, 768), 100 * number, axis=1)
+        make_slide(folder / f"{number}.svs", pixels, mpp=0.5)
+    return folder
+
+
+def test_slides_are_trained_on_by_their_tiles(slides, tiles, tmp_path, capsys):
+    make_slide(tmp_path / "bad/blank.svs", np.full((600, 600, 3), 240, np.uint8))
+    (tmp_path / "bad/none.ndpi").write_text("no slide")
+    arguments = [str(slides), str(tiles / "slide_0"), str(tmp_path / "bad"), "--out", str(tmp_path / "lab.safetensors")]
+    assert main(["train", *arguments, *FAST]) == 0
+    printed = capsys.readouterr()
+    # Of nine files one is held out, a slide as a whole.
+    assert "images to train on: 48, of 5 slides; held out: 9, of 1 slide; device: cpu" in printed.out
+    assert "2 of 11 files cannot be used and are left out:\n" in printed.err
+    assert f"{tmp_path}/bad/blank.svs: no tile of which a quarter is tissue\n" in printed.err
+    assert f"{tmp_path}/bad/none.ndpi: not a slide of a format" in printed.err
+    data = weights.load(tmp_path / "lab.safetensors").data
+    summary = "48 images, tiles of 5 slides among them"
+    assert data == {"summary": summary, "images": 48, "held_out": 9, "slides": 5}
+
+
+def test_slides_are_held_out_as_a_whole(slides, tmp_path, monkeypatch):
+    seen = []
+
+    def stop(training, config, held_out, **options):
+        seen.extend({part.dataset.sources[index][0].name for index in part.indices} for part in (training, held_out))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("stainnorm_transform.cli.train.train", stop)
+    arguments = ["train", str(slides), "--out", str(tmp_path / "lab.safetensors"), *FAST]
+    assert main(arguments) == 130
+    assert main([*arguments, "--held-out", str(slides / "1.svs"), str(slides / "4.svs")]) == 130
+    every = {f"{number}.svs" for number in range(6)}
+    assert seen[1] == {"3.svs"}
+    assert seen[0] == every - seen[1]
+    assert seen[3] == {"1.svs", "4.svs"}
+    assert seen[2] == every - seen[3]
+
+
+def test_about_fifty_images_are_held_out_at_most():
+    for files, tiles, expected in ((1, 16, 0), (2, 16, 1), (12, 16, 2), (40, 16, 3), (40, 1, 8), (1000, 1, 50)):
+        usable = {Path(f"{number}"): [0] * tiles for number in range(files)}
+        assert len(set(_hold_out(usable))) == expected
 
 
 def test_one_image_is_trained_on_without_measuring(tmp_path, capsys):

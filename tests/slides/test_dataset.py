@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 from synthetic import damage, make_slide, on_glass, tissue
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from stainnorm_transform import TrainConfig, train
 from stainnorm_transform.slides import Slide, SlideTiles, slide_normalizer
 
 
@@ -27,6 +28,20 @@ def test_tiles_are_those_of_the_slide_in_its_normalized_colors(tmp_path, normali
         assert torch.equal(item["image"], fixed(torch.from_numpy(pixels[y : y + 256, x : x + 256]).permute(2, 0, 1)))
     raw = SlideTiles(path, None, side=256)[0]["image"]
     assert np.array_equal(raw.permute(1, 2, 0).numpy(), pixels[256:512, 256:512])
+
+
+def test_tiles_are_taken_to_train_and_for_the_offset_of_a_slide(slide_path, normalize):
+    raw = SlideTiles(slide_path, None, side=200)
+    images = [item["image"] for item in raw]
+    loader = DataLoader(raw, batch_size=8, num_workers=1)
+    config = TrainConfig(iterations=2, batch_size=4, report_every=2)
+    expected = normalize.for_slide(images).offset
+    for given in (raw, loader):
+        torch.testing.assert_close(normalize.for_slide(given).offset, expected)
+        streamed = given is loader
+        network = train(given, config, held_out=Subset(raw, [0, 1]), report=lambda report: None)
+        same = train(DataLoader(images, 8) if streamed else images, config, report=lambda report: None)
+        assert all(map(torch.equal, network.state_dict().values(), same.state_dict().values()))
 
 
 def test_tiles_of_another_level_or_resolution(slide_path, normalize):

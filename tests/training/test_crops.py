@@ -125,9 +125,11 @@ def test_samples_of_every_kind_give_the_same_crops(tiles):
     expected = list(batches(square, CONFIG, 0))
     assert same(expected, batches([(to_pil_image(tile), 0) for tile in square], CONFIG, 0))
     assert same(expected, batches(torch.stack(square), CONFIG, 0))
+    assert same(expected, batches([{"image": tile, "x": 3} for tile in square], CONFIG, 0))
     streamed = list(batches(Stream(square), CONFIG, 0))
     assert same(streamed, batches(DataLoader(square, batch_size=2), CONFIG, 0))
     assert same(streamed, batches(Stream([(tile, "label") for tile in square]), CONFIG, 0))
+    assert same(streamed, batches(DataLoader([{"x": 3, "image": tile} for tile in square], 2), CONFIG, 0))
     assert [image.shape for image in each_image(DataLoader(square, batch_size=2))] == [(3, 64, 64)] * 5
 
 
@@ -152,6 +154,7 @@ def test_images_without_tissue_are_passed_over(tiles):
         ([torch.zeros(1, 3, 64, 64)], ValueError, r"images of shape \(3, H, W\), got \(1, 3, 64, 64\)"),
         ([to_pil_image(WHITE).convert("L")], ValueError, "mode RGB, got L"),
         (["tile.png"], TypeError, "expected a tensor, got str"),
+        ([{"x": 3, "label": 1}], TypeError, "a dict with an image under 'image', got the keys 'x', 'label'"),
         ([torch.zeros(3, 64, 64, dtype=torch.int64)], TypeError, "got torch.int64"),
     ],
 )

@@ -128,6 +128,20 @@ def test_images_of_several_kinds_in_one_sample(random_normalize, tile):
     assert torch.equal(video[0], expected)
 
 
+def test_of_plain_tensors_only_the_first_is_an_image_and_none_beside_others(random_normalize, tile):
+    """torchvision's rule; the README says what to do."""
+    other = render_tile(3, 128)
+    expected = [random_normalize(image) for image in (tile, other)]
+    for sample in ((tile, other), {"a": tile, "b": other}):
+        first, second = random_normalize(sample).values() if isinstance(sample, dict) else random_normalize(sample)
+        assert torch.equal(first, expected[0])
+        assert second is other
+    for image in (tv_tensors.Image(tile), to_pil_image(tile)):
+        assert random_normalize((other, image))[0] is other
+    wrapped = random_normalize((tv_tensors.Image(tile), tv_tensors.Image(other)))
+    assert all(map(torch.equal, wrapped, expected))
+
+
 @pytest.mark.parametrize("version", [v1, v2])
 def test_inside_of_other_transforms(random_normalize, tile, version):
     expected = random_normalize(tile)
@@ -441,6 +455,15 @@ def test_for_slide_is_one_offset_for_all(random_normalize):
     torch.testing.assert_close(same.offset, random_normalize.estimate_offset(tiles[1]))
 
 
+def test_for_slide_takes_dicts_with_an_image(random_normalize):
+    tiles = torch.stack([render_tile(seed, 64) for seed in range(3)])
+    expected = random_normalize.for_slide(tiles).offset
+    samples = [{"image": tile, "x": 0} for tile in tiles]
+    batch = {"x": 0, "image": tiles}
+    for every in (samples, [batch], DataLoader(samples, batch_size=2), batch):
+        torch.testing.assert_close(random_normalize.for_slide(every).offset, expected)
+
+
 def test_a_fixed_offset_soon_has_a_table_and_nothing_else_changes(monkeypatch, tile):
     monkeypatch.setattr(transform_module, "TABLE_SIZE", 20_000)
     slide = NormalizeStain(ColorNormNet(), offset=torch.tensor([0.0, 25.0, -25.0]))
@@ -483,11 +506,13 @@ def test_for_slide_wants_tiles(random_normalize):
     for nothing in ([], [torch.zeros(0, 3, 64, 64)]):
         with pytest.raises(ValueError, match="at least one tile, got none"):
             random_normalize.for_slide(nothing)
-    for one in (render_tile(), to_pil_image(render_tile())):
+    for one in (render_tile(), to_pil_image(render_tile()), {"image": render_tile()}):
         with pytest.raises(TypeError, match="got one image: put it in a list"):
             random_normalize.for_slide(one)
     with pytest.raises(TypeError, match="images or batches of images, got tuple"):
         random_normalize.for_slide([(render_tile(), 1)])
+    with pytest.raises(TypeError, match="a dict with an image under 'image', got the keys 'tile'"):
+        random_normalize.for_slide([{"tile": render_tile()}])
 
 
 def test_what_is_done_to_an_estimate_stays_outside(random_normalize, tile):
