@@ -262,7 +262,7 @@ def _left_out(paths: Collection[Path]) -> Iterator[str]:
         yield f"Left out {sum(kinds.values())} files of kinds that are not read: {counts}"
     unread = sorted(path for path in paths if path.suffix.lower() in formats.UNREAD)
     if unread:
-        yield f"Slides of kinds that are not read; {formats.ADVICE}:"
+        yield f"Slides among them; convert them {formats.ADVICE}:"
         yield from (f"  {path}" for path in unread[:KINDS])
         if len(unread) > KINDS:
             yield f"  and {len(unread) - KINDS} more"

@@ -41,7 +41,8 @@ UNREAD = {
     ".zvi": "Zeiss ZVI",
     ".nd2": "Nikon",
 }
-ADVICE = "convert it to OME-TIFF or DICOM, by QuPath, bfconvert or the scanner's own program"
+# What to convert them to.
+ADVICE = "to OME-TIFF or DICOM, by QuPath, bfconvert or the scanner's own program"
 # A TIFF in strips is a slide from this many pixels on.
 SLIDE_PIXELS = 1 << 26
 Reader = OpenSlideReader | TiffReader
@@ -85,7 +86,7 @@ def _is_slide_tiff(path: Path) -> bool:
 def refuse_unread(path: Path) -> None:
     """Raises ValueError for slides of kinds that are not read."""
     if maker := UNREAD.get(path.suffix.lower()):
-        raise ValueError(f"not supported: {maker} ({path.suffix.lower()}); {ADVICE}")
+        raise ValueError(f"not supported: {maker} ({path.suffix.lower()}); convert it {ADVICE}")
 
 
 def without_parts(paths: Iterable[Path]) -> list[Path]:
@@ -151,7 +152,7 @@ def open_reader(path: Path, skip_damaged: bool = False) -> Reader:
         if isinstance(error, OSError) and error.errno:
             raise
         if missing := _unsupported(error):
-            raise ValueError(f"not supported: {missing}; {ADVICE}") from error
+            raise ValueError(f"not supported: {missing}; convert it {ADVICE}") from error
         raise ValueError(f"damaged slide ({one_line(error)})") from error
 
 
@@ -205,8 +206,8 @@ def _pages(file: Any) -> list[Any]:
 def _check_end(file: Any) -> None:
     """Raises ValueError where the last page names one more, which tifffile passes over: the file was cut."""
     file.filehandle.seek(file.pages.next_page_offset)
-    order = "big" if file.byteorder == ">" else "little"
-    if int.from_bytes(file.filehandle.read(file.tiff.offsetsize), order):
+    next_page = file.filehandle.read(file.tiff.offsetsize)
+    if next_page.strip(b"\0"):
         raise ValueError("a damaged or truncated TIFF (pages are missing)")
 
 

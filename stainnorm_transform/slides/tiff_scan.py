@@ -28,12 +28,13 @@ def the_scan(file: Any) -> Any:
     """
     scan = max(file.series, key=lambda series: _pixels(series.keyframe))
     page = scan.keyframe
+    is_split = "C" in scan.axes
+    check_rgb(page, _product(scan, set("SC")), is_split)
     count = _product(scan, set(scan.axes) - set("YXSC"))
     if count > 1:
         what = f"expected one image, got {count} of one size (axes {scan.axes})"
         raise ValueError(f"{what}, of which only one would be kept: split it first")
-    check_rgb(page, _product(scan, set("SC")), is_split=page.samplesperpixel == 1)
-    if page.samplesperpixel == 1:
+    if is_split:
         if not file.is_ome:
             raise ValueError(f"expected RGB, got three grey images; {CONVERT}")
         if any(each is None for level in scan.levels for each in level.pages):
