@@ -89,8 +89,9 @@ class TiffReader:
     def _tile(self, level: int, column: int, row: int) -> Pixels | None:
         try:
             return self._levels[level].tile(column, row)
-        except Exception:
-            if not self._skip_damaged:
+        except Exception as error:
+            # A disk or network that fails is no damage of the slide.
+            if not self._skip_damaged or isinstance(error, OSError):
                 raise
             if level == 0:
                 self._skipped.add((column, row))

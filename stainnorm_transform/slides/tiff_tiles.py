@@ -31,6 +31,7 @@ _JPEG_2000_YCBCR = 33003
 # What may follow 0xFF in the data of a JPEG scan, besides what is no marker there.
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 _JPEG_END = 0xD9
+_JPEG_FILL = 64  # bytes, by which some writers fill up
 _JPEG_SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _JPEG_SEGMENTS = frozenset({*range(0xC0, 0xD0), *range(0xDA, 0xF0), 0xFE})
 
@@ -182,8 +183,7 @@ def check_jpeg(data: bytes) -> None:
     while match := _JPEG_MARKER.search(data, place):
         marker = match.group()[1]
         if marker == _JPEG_END:
-            # Some writers fill up to an even length.
-            if len(data) - match.end() > 3:
+            if len(data) - match.end() > _JPEG_FILL:
                 raise ValueError("JPEG data ends too early")
             return
         if marker not in _JPEG_SEGMENTS:

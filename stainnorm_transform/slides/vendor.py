@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from pathlib import Path
 from typing import Any
@@ -60,8 +59,8 @@ class OpenSlideReader:
         """RGBA (height, width, 4) at (x, y), in pixels of level 0; what was not scanned is transparent."""
         if not self._skip_damaged:
             return np.asarray(self._slide.read_region((x, y), level, (width, height)))
-        with contextlib.suppress(Exception):
-            return self._read(x, y, width, height, level)
+        if (pixels := self._read(x, y, width, height, level)) is not None:
+            return pixels
         scale = self.level_downsamples[level]
         left, top = round(x / scale), round(y / scale)
         out = np.zeros((height, width, 4), np.uint8)
@@ -69,20 +68,22 @@ class OpenSlideReader:
             for part_x in range(left // _PART * _PART, left + width, _PART):
                 x0, x1 = max(part_x, left) - left, min(part_x + _PART, left + width) - left
                 y0, y1 = max(part_y, top) - top, min(part_y + _PART, top + height) - top
-                try:
-                    start = x + round(x0 * scale), y + round(y0 * scale)
-                    out[y0:y1, x0:x1] = self._read(*start, x1 - x0, y1 - y0, level)
-                except Exception:
-                    if level == 0:
-                        self._skipped.add((part_x, part_y))
+                start = x + round(x0 * scale), y + round(y0 * scale)
+                pixels = self._read(*start, x1 - x0, y1 - y0, level)
+                if pixels is not None:
+                    out[y0:y1, x0:x1] = pixels
+                elif level == 0:
+                    self._skipped.add((part_x, part_y))
         return out
 
     def associated_images(self) -> dict[str, Image.Image]:
         """Label, whole glass (macro) and thumbnail, by name."""
         return dict(self._slide.associated_images)
 
-    def _read(self, x: int, y: int, width: int, height: int, level: int) -> Pixels:
-        """By a slide of this thread: after an error OpenSlide reads nothing more of it."""
+    def _read(self, x: int, y: int, width: int, height: int, level: int) -> Pixels | None:
+        """A region, or None where it is damaged. By a slide of this thread, as after an error it reads no more."""
+        import openslide
+
         thread = threading.get_ident()
         with self._lock:
             slide = self._by_thread.get(thread)
@@ -92,11 +93,11 @@ class OpenSlideReader:
                 self._by_thread[thread] = slide
         try:
             return np.asarray(slide.read_region((x, y), level, (width, height)))
-        except Exception:
+        except openslide.OpenSlideError:
             with self._lock:
                 del self._by_thread[thread]
             slide.close()
-            raise
+            return None
 
 
 def _open(path: Path) -> Any:

@@ -2,6 +2,7 @@
 
 import struct
 import threading
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -216,11 +217,12 @@ def jpeg_tile(path, change):
     path.write_bytes(content[:place] + changed + content[place + size :])
 
 
+# What is changed, and what is said of it.
 DAMAGES = {
-    "the end in the middle": lambda data: data[:2000] + b"\xff\xd9" + bytes(len(data) - 2002),
-    "no end": lambda data: data[:-2] + b"\0\0",
-    "a marker that is none": lambda data: data[:2000] + b"\xff\x02" + data[2002:],
-    "noise": lambda data: data[:500] + np.random.default_rng(0).bytes(1500) + data[2000:],
+    "ends too early": lambda data: data[:2000] + b"\xff\xd9" + bytes(len(data) - 2002),
+    "has no end": lambda data: data[:-2] + b"\0\0",
+    "has a marker that is none, 0x2": lambda data: data[:2000] + b"\xff\x02" + data[2002:],
+    "": lambda data: data[:500] + np.random.default_rng(0).bytes(1500) + data[2000:],
 }
 
 
@@ -231,7 +233,7 @@ def test_damaged_jpeg_is_found(tmp_path, name):
     good = whole(path)
     jpeg_tile(path, DAMAGES[name])
     with Slide(path) as slide:
-        with pytest.raises(ValueError, match=r"damaged at x = 100, y = 50 of 50 x 50 pixels: .*JPEG"):
+        with pytest.raises(ValueError, match=rf"damaged at x = 100, y = 50 of 50 x 50 pixels: JPEG data {name}"):
             slide.read(100, 50, 50, 50)
         assert np.array_equal(slide.read(256, 0, 300, 300).permute(1, 2, 0).numpy(), good[:300, 256:556])
     good[:128, 128:256] = 255
@@ -278,6 +280,21 @@ def test_skipped_parts_are_white_and_listed(tmp_path, kind):
     for x, y, width, height in expected:
         right[y : y + height, x : x + width] = 255
     assert np.array_equal(found, right)
+
+
+def test_damage_of_smaller_levels_is_not_listed_as_it_is_not_in_the_result(tmp_path):
+    path = damage(write(tmp_path / "a.tif", compression="zlib"), level=1, tile=0)
+    with Slide(path, skip_damaged=True) as slide:
+        assert (slide.read(0, 0, 128, 128, level=1) == 255).all()
+        assert slide.damaged == []
+
+
+def test_a_disk_that_fails_is_no_damage(tmp_path, monkeypatch):
+    with Slide(write(tmp_path / "a.tif"), skip_damaged=True) as slide:
+        monkeypatch.setattr(slide._reader._levels[0], "_read", Mock(side_effect=OSError(5, "Input/output error")))
+        with pytest.raises(ValueError, match="Input/output error"):
+            slide.read(0, 0, 10, 10)
+        assert slide.damaged == []
 
 
 def test_a_tile_is_decoded_once(tmp_path, monkeypatch):
