@@ -95,6 +95,16 @@ def test_a_slide_without_the_packages_says_what_to_install(slide_path, monkeypat
         Slide(slide_path)
 
 
+def test_plain_images_need_no_packages_and_tiled_ones_ask_for_them(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openslide", None)
+    for name, tile in (("plain", None), ("tiled", (64, 64))):
+        tifffile.imwrite(tmp_path / f"{name}.tif", tissue(100, 100), tile=tile, photometric="rgb")
+    assert not is_slide(tmp_path / "plain.tif")
+    assert is_slide(tmp_path / "tiled.tif")
+    with pytest.raises(ImportError, match=r'run pip install "\.\[slides\]"'):
+        Slide(tmp_path / "tiled.tif")
+
+
 def test_tiffs_are_slides_if_tiled_or_with_levels_or_large(tmp_path, slide_path):
     pixels = tissue(256, 256)
     options = {"photometric": "rgb", "metadata": None}
