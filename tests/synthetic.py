@@ -86,6 +86,7 @@ def damage(path, level=0, tile=3):
     with path.open("r+b") as file:
         file.seek(where)
         file.write(b"\xff" * length)
+    return path
 
 
 @functools.cache  # it holds the second at which it was made

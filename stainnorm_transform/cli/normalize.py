@@ -23,10 +23,12 @@ from stainnorm_transform.folders.outcome import FULL, Outcome
 from stainnorm_transform.folders.plan import Plan, make_plan
 from stainnorm_transform.folders.ray import MANIFEST, check_manifest, normalize_by_ray, package, write_manifest
 from stainnorm_transform.resources import cores
-from stainnorm_transform.slides import SlideFormat
+from stainnorm_transform.slides import SlideFormat, formats
 
 OVERVIEW = "overview.png"
 RAY_THREADS = 2
+# Of the pixels of slides, in micrometers.
+MPP = (0.01, 100.0)
 # Of files that are left out, this many kinds are named; and of files of which the same is to be said, this many.
 KINDS, NAMED = 8, 10
 
@@ -35,13 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command, and its description."""
     parser.description = (
         "Gives H&E images (PNG, JPEG, TIFF, BMP, WebP, JPEG 2000; 8-bit RGB or RGBA) and whole slides (what OpenSlide "
-        'reads, and OME-TIFF; in a clone, pip install ".[slides]") the colors of the target. Every image gets one a*, '
-        "b* offset of its own, so tiles of one slide may differ a little; a slide gets one as a whole, from a sample "
-        "of its tissue. Lightness, white (L* > 97) and black (L* < 5) stay, and what has no tissue keeps its colors. "
-        "Resolution, ICC profile and transparency are kept, where the format has them. Images keep their format: JPEG "
-        "is written at quality 95 without chroma subsampling, all others without loss. Label masks, images of few "
-        "flat colors, are copied as they are. Slides become tiled pyramidal BigTIFF; their label, and the image of "
-        "the whole glass, which shows it, are left out. Files of other kinds in a folder are left out, and counted; "
+        'reads, OME-TIFF and other TIFF; in a clone, pip install ".[slides]") the colors of the target. Every image '
+        "gets one a*, b* offset of its own, so tiles of one slide may differ a little; a slide gets one as a whole, "
+        "from a sample of its tissue. A TIFF is a slide if it has tiles, levels, channels in pages of their own, or "
+        "more than 64 million pixels. Lightness, white (L* > 97) and black (L* < 5) stay, and what has no tissue "
+        "keeps its colors. Resolution, ICC profile and transparency are kept, where the format has them. Images keep "
+        "their format: JPEG is written at quality 95 without chroma subsampling, all others without loss. Label "
+        "masks, images of few flat colors, are copied as they are. Slides become tiled pyramidal BigTIFF; their "
+        "label, and the image of the whole glass, which shows it, are left out. Files of other kinds in a folder are "
+        "left out, and counted; "
         "folders in it that hold results of this command are not searched."
     )
     parser.epilog = (
@@ -108,6 +112,19 @@ def _add_slide_options(group: argparse._ArgumentGroup) -> None:
         "--keep-label", action="store_true", help="keep the images of the label and of the whole glass (macro)"
     )
     group.add_argument(
+        "--mpp",
+        type=_micrometers,
+        metavar="X",
+        help="micrometers a pixel, of slides that do not say: 0.25 is 40x. It is written into the result; a slide that "
+        "says another fails",
+    )
+    group.add_argument(
+        "--skip-damaged",
+        action="store_true",
+        help="make white what cannot be decoded of a slide, and name it, instead of failing; made_by in offsets.csv "
+        "says how many parts that were",
+    )
+    group.add_argument(
         "--threads",
         type=_positive,
         metavar="N",
@@ -126,6 +143,13 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a number of 1 or more, got {text!r}")
     return int(text)
+
+
+def _micrometers(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if MPP[0] <= float(text) <= MPP[1]:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected micrometers a pixel, from {MPP[0]:g} to {MPP[1]:g}, got {text!r}")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -163,6 +187,8 @@ def _settings(options: argparse.Namespace) -> Settings:
         offsets=None if options.offset is None else Offsets.parse(options.offset),
         slide_format=SlideFormat(None if options.lossless else options.quality, options.ome, options.keep_label),
         to_srgb=options.srgb,
+        mpp=options.mpp,
+        skip_damaged=options.skip_damaged,
         threads=options.threads or (RAY_THREADS if options.ray else cores()),
     )
 
@@ -245,6 +271,12 @@ def _left_out(paths: Collection[Path]) -> Iterator[str]:
     if kinds:
         counts = ", ".join(f"{count} {kind}" for kind, count in named)
         yield f"Left out {sum(kinds.values())} files of kinds that are not read: {counts}"
+    unread = sorted(path for path in paths if path.suffix.lower() in formats.UNREAD)
+    if unread:
+        yield f"Slides among them; convert them {formats.ADVICE}:"
+        yield from (f"  {path}" for path in unread[:KINDS])
+        if len(unread) > KINDS:
+            yield f"  and {len(unread) - KINDS} more"
     if folders:
         yield "Not searched, as they hold results of this command (to normalize them, name them as INPUT):"
         yield from (f"  {folder}" for folder in folders)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,11 +18,13 @@ from stainnorm_transform.files import replacing
 from stainnorm_transform.folders import images
 from stainnorm_transform.folders.offsets import Offsets
 from stainnorm_transform.folders.outcome import FULL, Outcome
-from stainnorm_transform.folders.record import Record, Source
+from stainnorm_transform.folders.record import DAMAGED, Record, Source
 from stainnorm_transform.resources import choose_device
-from stainnorm_transform.slides import Slide, SlideFormat, is_slide, slide_normalizer, write_slide
+from stainnorm_transform.slides import Slide, SlideFormat, formats, is_slide, slide_normalizer, write_slide
 from stainnorm_transform.transform import NormalizeStain
 
+# Of the damaged parts of a slide, so many are named.
+NAMED = 5
 # Told how many more pixels of a slide are done, and of how many.
 Progress = Callable[[int, int], object]
 
@@ -38,6 +40,8 @@ class Settings:
         offsets: given offsets instead of estimates.
         slide_format: how slides are written.
         to_srgb: whether slides are converted to sRGB by their ICC profile.
+        mpp: micrometers a pixel, of slides that do not say.
+        skip_damaged: whether what cannot be decoded of a slide becomes white, instead of an error.
         threads: to read and write a slide with.
     """
 
@@ -47,6 +51,8 @@ class Settings:
     offsets: Offsets | None = None
     slide_format: SlideFormat = field(default_factory=SlideFormat)
     to_srgb: bool = False
+    mpp: float | None = None
+    skip_damaged: bool = False
     threads: int = 1
 
 
@@ -67,12 +73,22 @@ class FileNormalizer:
         """How the output of a file at ``below`` is named: as its input, but for slides."""
         if not is_slide(path):
             return below
-        stem = below.stem[:-4] if below.stem.lower().endswith(".ome") else below.stem
+        # Names of DICOM files may have no suffix, but numbers with dots.
+        name = below.stem if below.suffix.lower() in (*formats.SUFFIXES, ".tif", ".tiff") else below.name
+        stem = name[:-4] if name.lower().endswith(".ome") else name
         return below.with_name(stem + self.settings.slide_format.suffix)
 
     def is_current(self, path: Path, output: Path) -> bool:
         """Whether the output is there, as these settings make it of this file."""
-        return self.record.is_current(path, output, self._how(path))
+        how = self._how(path)
+        if self.settings.skip_damaged:
+            how += _damage(self.record.damaged(output))
+        return self.record.is_current(path, output, how)
+
+    def earlier(self, output: Path) -> Outcome:
+        """The outcome of a file that an earlier run finished."""
+        damaged = self.record.damaged(output)
+        return Outcome(earlier=True, note=f"{_parts(damaged)} became white, in an earlier run" if damaged else "")
 
     def outcome(self, path: Path, output: Path, progress: Progress = lambda pixels, total: None) -> Outcome:
         """As ``normalize``, with whatever goes wrong."""
@@ -92,28 +108,32 @@ class FileNormalizer:
         output.parent.mkdir(parents=True, exist_ok=True)
         if is_slide(path):
             return self._slide(transform, source, path, output, progress)
+        formats.refuse_unread(path)
         return self._image(transform, source, path, output)
 
     def _slide(
         self, transform: NormalizeStain, source: Source, path: Path, output: Path, progress: Progress
     ) -> str | None:
-        threads = self.settings.threads
-        with Slide(path, self.settings.to_srgb) as slide:
+        chosen, threads = self.settings, self.settings.threads
+        with Slide(path, chosen.to_srgb, chosen.mpp, chosen.skip_damaged) as slide:
             total = slide.dimensions[0] * slide.dimensions[1]
             progress(0, total)
             fixed, tiles = slide_normalizer(slide, transform, threads)
             offset = _finite(fixed.estimate_offset(torch.zeros(3, 1, 1, dtype=torch.uint8)))
             with replacing(output) as temporary:
-                file_format = self.settings.slide_format
+                file_format = chosen.slide_format
                 write_slide(slide, temporary, fixed, file_format, threads, lambda pixels: progress(pixels, total))
-                self.record.add(source, output, offset[1].item(), offset[2].item(), temporary)
+                how = _damage(len(slide.damaged))
+                self.record.add(source, output, offset[1].item(), offset[2].item(), temporary, how)
             notes = []
+            if slide.damaged:
+                notes.append(_white(slide.damaged))
             if tiles == 0:
                 notes.append("no tissue was found, colors are as they were")
-            if slide.mpp and not self.settings.slide_format.ome and not 0.99 < slide.mpp[0] / slide.mpp[1] < 1.01:
+            if slide.mpp and not chosen.slide_format.ome and not 0.99 < slide.mpp[0] / slide.mpp[1] < 1.01:
                 notes.append("pixels are not square, OpenSlide will give the mean of their sides")
             if slide.mpp is None:
-                notes.append("the slide does not say its resolution, nor does the result")
+                notes.append("the slide does not say its resolution, nor does the result: --mpp gives it")
         return "; ".join(notes) or None
 
     def _image(self, transform: NormalizeStain, source: Source, path: Path, output: Path) -> str | None:
@@ -140,6 +160,8 @@ class FileNormalizer:
             chosen = self.settings.slide_format
             how += " lossless" if chosen.quality is None else f" quality {chosen.quality}"
             how += " label" * chosen.keep_label + " srgb" * self.settings.to_srgb
+            if self.settings.mpp is not None:
+                how += f" mpp {self.settings.mpp:g}"
         return how
 
 
@@ -153,6 +175,22 @@ def _normalized(transform: NormalizeStain, image: Image.Image, suffix: str) -> t
     if image.mode == "RGBA":
         after.putalpha(image.getchannel("A"))
     return images.encode(after, suffix, like=image), offset[1].item(), offset[2].item()
+
+
+def _damage(parts: int) -> str:
+    """What the record says of a slide of which so many parts became white."""
+    return f" {DAMAGED} {parts}" if parts else ""
+
+
+def _parts(count: int) -> str:
+    return f"{count} damaged part{'s' * (count > 1)}"
+
+
+def _white(parts: Sequence[tuple[int, int, int, int]]) -> str:
+    """What is said of the parts of a slide that became white."""
+    places = [f"x = {x}, y = {y} of {width} x {height} pixels" for x, y, width, height in parts[:NAMED]]
+    more = f", and {len(parts) - NAMED} more" if len(parts) > NAMED else ""
+    return f"{_parts(len(parts))} became white, at {', '.join(places)}{more}"
 
 
 def _finite(offset: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ def picture(path: Path) -> Image.Image:
     """An image, or a slide, small."""
     if not is_slide(path):
         return thumbnail(images.read(path))
-    with Slide(path) as slide:
+    with Slide(path, skip_damaged=True) as slide:
         return thumbnail(slide.thumbnail(THUMBNAIL_SIDE))
 
 

@@ -50,7 +50,7 @@ class Plan:
                 if (again and not self.replaces) or not self.normalizer.is_current(path, output):
                     work[path] = output
                 else:
-                    outcomes[path] = Outcome(earlier=True)
+                    outcomes[path] = self.normalizer.earlier(output)
             except Exception as error:
                 outcomes[path] = Outcome.of(error, path)
         return work
@@ -201,7 +201,7 @@ def _walk(folder: Path, skip: object, suffixes: tuple[str, ...], left_out: set[P
             path = Path(where, name)
             if name.startswith("."):
                 continue
-            if name.lower().endswith(suffixes):
+            if name.lower().endswith(suffixes) or (".dcm" in suffixes and is_slide(path)):
                 yield path
             elif left_out is not None:
                 left_out.add(path)

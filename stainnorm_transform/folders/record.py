@@ -27,6 +27,8 @@ FIELDS = (
     "output_mtime_ns",
 )
 Source = tuple[str, str, str, str]
+# Before the number of damaged parts of a slide that became white, at the end of ``made_by``.
+DAMAGED = "damaged"
 
 
 def is_of_results(folder: Path) -> bool:
@@ -127,6 +129,11 @@ class Record:
     def _made_by(self, output: Path) -> str:
         return self.lines[self._name(output)][FIELDS.index("made_by")]
 
+    def damaged(self, output: Path) -> int:
+        """How many damaged parts of a slide became white in a result."""
+        words = self._made_by(output).split() if self.has(output) else []
+        return int(words[-1]) if words[-2:-1] == [DAMAGED] and words[-1].isdecimal() else 0
+
     def is_current(self, path: Path, output: Path, how: str = "") -> bool:
         """Whether ``output`` is there as it was made, from ``path`` as it is now, in the same way.
 
@@ -145,11 +152,14 @@ class Record:
         """
         return str(path), self.made_by + how, *_state(path)
 
-    def add(self, source: Source, output: Path, a: float, b: float, temporary: Path) -> None:
-        """Adds the line of an image that lies in ``temporary`` and becomes ``output``, with the offset that it lost."""
-        path, *how = source
+    def add(self, source: Source, output: Path, a: float, b: float, temporary: Path, how: str = "") -> None:
+        """Adds the line of an image that lies in ``temporary`` and becomes ``output``, with the offset that it lost.
+
+        What only its making has shown of it, ``how``, is added to ``made_by``.
+        """
+        path, made_by, *state = source
         name = self._name(output)
-        line = [path, name, f"{a:.3f}", f"{b:.3f}", *how, *_state(temporary)]
+        line = [path, name, f"{a:.3f}", f"{b:.3f}", made_by + how, *state, *_state(temporary)]
         with locked(self.handle):
             self._append(line)
         self.lines[name] = line

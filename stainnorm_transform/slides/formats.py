@@ -1,50 +1,92 @@
 """Which files are slides, and what opens them.
 
-OpenSlide does, and tiffslide those that are OME-TIFF: ``pip install ".[slides]"`` in a clone.
+OpenSlide does, if they are of a scanner's format, and else tifffile: ``pip install ".[slides]"`` in a clone.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from PIL import ExifTags, Image
 
 from stainnorm_transform.files import check_regular, one_line
+from stainnorm_transform.slides import dicom
+from stainnorm_transform.slides.tiff import TiffReader
+from stainnorm_transform.slides.tiff_scan import check_rgb, silent, the_scan
+from stainnorm_transform.slides.tiff_tiles import CONVERT, check_tile
+from stainnorm_transform.slides.vendor import OpenSlideReader
 
 # Of formats that hold nothing but slides. A TIFF may be either.
 SUFFIXES = (".svs", ".ndpi", ".mrxs", ".vms", ".vmu", ".scn", ".bif", ".svslide", ".czi", ".dcm")
-# A tiled TIFF of one page is a slide from this many pixels on.
+_TIFF_SUFFIXES = (".tif", ".tiff")
+# Of slides that are not read, and whose they are.
+UNREAD = {
+    ".vsi": "Olympus",
+    ".ets": "Olympus",
+    ".isyntax": "Philips iSyntax",
+    ".i2syntax": "Philips iSyntax",
+    ".qptiff": "Akoya",
+    ".kfb": "KFBIO",
+    ".sdpc": "Sqray",
+    ".mdsx": "Motic",
+    ".mds": "Motic",
+    ".tron": "InteMedic",
+    ".tmap": "UNIC",
+    ".afi": "Aperio fluorescence",
+    ".lif": "Leica LIF",
+    ".zvi": "Zeiss ZVI",
+    ".nd2": "Nikon",
+}
+# What to convert them to.
+ADVICE = "to OME-TIFF or DICOM, by QuPath, bfconvert or the scanner's own program"
+# A TIFF in strips is a slide from this many pixels on.
 SLIDE_PIXELS = 1 << 26
-# OpenSlide ends the process where memory for a tile is missing; no scanner writes larger ones.
-_TILE_PIXELS = 1 << 26
-# Bytes of decoded tiles that OpenSlide keeps: enough for those that neighboring blocks share.
-_CACHE = 8 << 20
+Reader = OpenSlideReader | TiffReader
 
 
 def is_slide(path: Path) -> bool:
-    """Whether a file is to be read as a slide: by its suffix, or a tiled TIFF of several pages or of many pixels."""
+    """Whether a file is to be read as a slide.
+
+    It is by its suffix, by the mark of DICOM in it, or as a TIFF of a scanner, in tiles, with levels, with channels in
+    pages of their own, or of many pixels.
+    """
     suffix = path.suffix.lower()
-    if suffix not in (".tif", ".tiff"):
-        return suffix in SUFFIXES
+    if suffix in SUFFIXES:
+        return True
+    if suffix not in _TIFF_SUFFIXES:
+        return suffix not in Image.registered_extensions() and dicom.is_dicom(path)
     try:
         check_regular(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                tags = image.tag_v2  # type: ignore[attr-defined]
-                if ExifTags.Base.TileWidth not in tags:
-                    return False
-                has_levels = ExifTags.Base.SubIFDs in tags or getattr(image, "n_frames", 1) > 1
-                return has_levels or image.width * image.height >= SLIDE_PIXELS
-    except Image.DecompressionBombError:
-        return True
+        return _is_slide_tiff(path)
     except Exception:  # Reading it will say why.
         return False
+
+
+def _is_slide_tiff(path: Path) -> bool:
+    try:
+        openslide, tifffile = packages()
+    except ImportError:  # Then it only matters whether these are missed.
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")
+            tags = image.tag_v2  # type: ignore[attr-defined]
+            return ExifTags.Base.TileWidth in tags or ExifTags.Base.SubIFDs in tags
+    with silent(), tifffile.TiffFile(path) as file:
+        if openslide.OpenSlide.detect_format(path) not in (None, "generic-tiff"):
+            return True
+        if any(page.is_tiled for page in file.pages) or any(len(series.levels) > 1 for series in file.series):
+            return True
+        scan = the_scan(file)
+        return len(scan.pages) > 1 or scan.keyframe.imagewidth * scan.keyframe.imagelength >= SLIDE_PIXELS
+
+
+def refuse_unread(path: Path) -> None:
+    """Raises ValueError for slides of kinds that are not read."""
+    if maker := UNREAD.get(path.suffix.lower()):
+        raise ValueError(f"not supported: {maker} ({path.suffix.lower()}); convert it {ADVICE}")
 
 
 def without_parts(paths: Iterable[Path]) -> list[Path]:
@@ -60,26 +102,16 @@ def without_parts(paths: Iterable[Path]) -> list[Path]:
                 parts |= {path.parent / line.partition("=")[2].strip() for line in lines}
     seen: set[tuple[Path, str]] = set()
     for path in paths:
-        if path.suffix.lower() == ".dcm":
-            with contextlib.suppress(ImportError, ValueError, OSError), open_reader(path)[0] as slide:
-                # The files of one slide agree in it.
-                series = path.parent, str(slide.properties.get("dicom.SeriesInstanceUID"))
-                if series in seen:
-                    parts.add(path)
-                seen.add(series)
+        if dicom.is_dicom(path) and (series := dicom.series_of(path)):
+            # The files of one slide agree in it.
+            if (path.parent, series) in seen:
+                parts.add(path)
+            seen.add((path.parent, series))
     return [path for path in paths if path not in parts]
 
 
-class Tiff(NamedTuple):
-    """What is looked up in a TIFF file besides: its layout, its OME-XML, and the ICC profile as it is stored."""
-
-    tiled_pages: int | None = None
-    ome: str | None = None
-    icc_profile: bytes | None = None
-
-
-def packages() -> tuple[Any, Any, Any]:
-    """OpenSlide, tifffile and tiffslide.
+def packages() -> tuple[Any, Any]:
+    """OpenSlide and tifffile.
 
     Raises:
         ImportError: they, or imagecodecs, are not installed.
@@ -88,93 +120,110 @@ def packages() -> tuple[Any, Any, Any]:
         import imagecodecs  # noqa: F401
         import openslide
         import tifffile
-        import tiffslide
     except (ImportError, OSError) as error:
         raise ImportError(
             f'slides need more packages: in a clone of the repository, run pip install ".[slides]" ({error})'
         ) from error
-    return openslide, tifffile, tiffslide
+    return openslide, tifffile
 
 
-def open_reader(path: Path) -> tuple[Any, Tiff]:
-    """OpenSlide's or tiffslide's slide, open, and what its TIFF says besides.
+def open_reader(path: Path, skip_damaged: bool = False) -> Reader:
+    """What reads a slide, open.
+
+    Args:
+        path: of the slide.
+        skip_damaged: whether parts that cannot be decoded are left out instead of an error.
 
     Raises:
-        ImportError: OpenSlide, tiffslide or imagecodecs is not installed.
-        ValueError: it is no slide, damaged, or not 8-bit RGB.
+        ImportError: OpenSlide, tifffile or imagecodecs is not installed.
+        ValueError: it is no slide, damaged, not supported, or not 8-bit RGB.
         OSError: there is no such file, or it may not be read.
     """
+    refuse_unread(path)
     check_regular(path)
     if not path.stat().st_size:
         raise ValueError("an empty file")
-    openslide, tifffile, tiffslide = packages()
-    tiff = Tiff()
+    packages()
     try:
-        tiff = _check_tiff(tifffile, path)
-        if tiff.ome is not None:
-            return tiffslide.TiffSlide(path), tiff
-        slide = openslide.OpenSlide(path)
-        slide.set_cache(openslide.OpenSlideCache(_CACHE))
-        if slide.properties["openslide.vendor"] == "generic-tiff" and (tiff.tiled_pages or 0) > slide.level_count:
-            slide.close()
-            raise ValueError(f"{tiff.tiled_pages} pages, of which only one would be kept: split it first")
-        return slide, tiff
-    except openslide.OpenSlideUnsupportedFormatError as error:
-        if tiff.tiled_pages is None:
-            raise ValueError("not a slide of a format that OpenSlide reads, nor OME-TIFF") from error
-        raise ValueError("a damaged or truncated TIFF" if tiff.tiled_pages else "a TIFF that is not tiled") from error
+        return _open(path, skip_damaged)
     except (ValueError, MemoryError):
         raise
-    except Exception as error:  # tifffile and tiffslide let errors of every kind through.
+    except Exception as error:  # tifffile lets errors of every kind through.
         if isinstance(error, OSError) and error.errno:
             raise
+        if missing := _unsupported(error):
+            raise ValueError(f"not supported: {missing}; convert it {ADVICE}") from error
         raise ValueError(f"damaged slide ({one_line(error)})") from error
 
 
-def _check_tiff(tifffile: Any, path: Path) -> Tiff:
-    """Raises ValueError for a TIFF that is not 8-bit RGB."""
+def _open(path: Path, skip_damaged: bool) -> Reader:
+    openslide, tifffile = packages()
+    vendor = openslide.OpenSlide.detect_format(path)
     try:
-        with _silent(tifffile.logger()):
+        with silent():
             file = tifffile.TiffFile(path)
     except tifffile.TiffFileError:
-        return Tiff()
-    with file, _silent(tifffile.logger()):
-        try:
-            pages = [page.aspage() for page in file.pages]
-        except Exception as error:
-            raise ValueError(f"a damaged or truncated TIFF ({one_line(error)})") from error
-        if not pages:
-            raise ValueError("a damaged or truncated TIFF, in which no image is found")
-        for page in pages:
-            if page.is_tiled and page.tilewidth * page.tilelength > _TILE_PIXELS:
-                size = f"{page.tilewidth} x {page.tilelength}"
-                raise ValueError(f"expected tiles of at most {_TILE_PIXELS} pixels, got {size}")
-        page = max(pages, key=lambda page: page.imagelength * page.imagewidth)
-        channels, bits = page.samplesperpixel, page.bitspersample
-        if channels not in (3, 4) or bits != 8:
-            raise ValueError(f"expected 8-bit RGB, got {bits} bits and {channels} channel{'s' * (channels > 1)} a page")
-        if page.photometric not in (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR):
-            raise ValueError(f"expected RGB, got color model {page.photometric.name}")
-        tiled = sum(page.is_tiled for page in pages)
-        if not file.is_ome:
-            return Tiff(tiled, None, page.iccprofile)
-        if page.planarconfig != tifffile.PLANARCONFIG.CONTIG:
-            raise ValueError("expected red, green and blue of a pixel side by side, got separate planes")
-        if file.series[0].ndim != 3:
-            raise ValueError(f"expected one plane of RGB (axes YXS), got axes {file.series[0].axes}")
-        # Thumbnail, label and macro image are small, or in strips.
-        others = [series.size for series in file.series[1:] if series.keyframe.is_tiled]
-        if max(others, default=0) > file.series[0].size / 4:
-            raise ValueError(f"expected one scan, and first, got {len(file.series)} images, others as large")
-        return Tiff(tiled, file.ome_metadata, page.iccprofile)
-
-
-@contextlib.contextmanager
-def _silent(logger: logging.Logger) -> Iterator[None]:
-    """For messages of damage without the name of the file."""
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+        if vendor is None:
+            raise ValueError("not a slide of a format that OpenSlide reads, nor TIFF") from None
+        if vendor == "dicom":
+            dicom.check_colors(path)
+        return OpenSlideReader(path, None, skip_damaged)
+    is_used = False
     try:
-        yield
+        with silent():
+            pages = _pages(file)
+            if vendor not in (None, "generic-tiff"):
+                icc_profile = _check_vendor_tiff(pages)
+                try:
+                    return OpenSlideReader(path, icc_profile, skip_damaged)
+                except openslide.OpenSlideError as error:
+                    # The tiles of this format lie side by side as in any TIFF.
+                    if vendor != "aperio" or not _unsupported(error):
+                        raise
+            _check_end(file)
+            reader = TiffReader(file, skip_damaged)
+            is_used = True
+            return reader
     finally:
-        logger.setLevel(level)
+        if not is_used:
+            file.close()
+
+
+def _pages(file: Any) -> list[Any]:
+    """All pages of a TIFF, of which none may be damaged or have tiles that are too large."""
+    try:
+        pages = [page.aspage() for page in file.pages]
+    except Exception as error:
+        raise ValueError(f"a damaged or truncated TIFF ({one_line(error)})") from error
+    if not pages or not file.series:
+        raise ValueError("a damaged or truncated TIFF, in which no image is found")
+    for page in pages:
+        if page.is_tiled:
+            check_tile(page.tilewidth, page.tilelength)
+    return pages
+
+
+def _check_end(file: Any) -> None:
+    """Raises ValueError where the last page names one more, which tifffile passes over: the file was cut."""
+    file.filehandle.seek(file.pages.next_page_offset)
+    next_page = file.filehandle.read(file.tiff.offsetsize)
+    if next_page.strip(b"\0"):
+        raise ValueError("a damaged or truncated TIFF (pages are missing)")
+
+
+def _check_vendor_tiff(pages: list[Any]) -> bytes | None:
+    """Raises ValueError for a TIFF that OpenSlide would read wrongly; the ICC profile of the largest image."""
+    largest = max(pages, key=lambda page: page.imagelength * page.imagewidth)
+    check_rgb(largest, largest.samplesperpixel)
+    if (orientation := largest.tags.valueof("Orientation", 1)) != 1:
+        raise ValueError(f"not supported: Orientation {orientation} in a scanner's format; {CONVERT}")
+    profile: bytes | None = largest.iccprofile
+    return profile
+
+
+def _unsupported(error: Exception) -> str:
+    """What OpenSlide does not support, if it says so: "JPEG XR compression", or "Unsupported TIFF compression: 1"."""
+    text = one_line(error)
+    if text.startswith("Unsupported "):
+        return text.removeprefix("Unsupported ")
+    return text.removesuffix(" is not supported") if text.endswith(" is not supported") else ""

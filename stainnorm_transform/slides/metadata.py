@@ -8,12 +8,13 @@ from xml.etree import ElementTree
 
 from PIL import ImageCms
 
-from stainnorm_transform.slides.formats import Tiff
-
 OME = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
-_MICROMETERS = {"nm": 1e-3, "µm": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6}
+_MICROMETERS = {"nm": 1e-3, "µm": 1.0, "um": 1.0, "micron": 1.0, "microns": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6}
 # What is outside is no resolution of a slide.
 _MPP = (0.01, 1000.0)
+# Programs write resolutions of screens and paper, such as 300 dots an inch, into TIFFs that have none.
+_COARSEST_BY_TAGS = 25.0
+_TIFF_UNITS = {2: 25_400.0, 3: 10_000.0}  # micrometers
 
 
 class Metadata(NamedTuple):
@@ -32,21 +33,54 @@ class Metadata(NamedTuple):
     icc_profile: bytes | None
 
 
-def describe(reader: Any, tiff: Tiff) -> Metadata:
-    """The metadata of an open slide, as ``formats.open_reader`` returns it."""
-    properties = reader.properties
-    if tiff.ome is None:
-        mpp = [_positive(properties.get(f"openslide.mpp-{axis}")) for axis in "xy"]
-        objective = _positive(properties.get("openslide.objective-power"))
-    else:
-        mpp, objective = _ome_metadata(tiff.ome)
-    x, y = (value if value is not None and _MPP[0] <= value <= _MPP[1] else None for value in mpp)
+def of_openslide(slide: Any, icc_profile: bytes | None = None) -> Metadata:
+    """The metadata of an open ``openslide.OpenSlide``; of the profile as the file has it, where that is known."""
+    properties = slide.properties
     return Metadata(
-        mpp=None if x is None or y is None else (x, y),
-        objective=objective,
+        mpp=_plausible(*(_positive(properties.get(f"openslide.mpp-{axis}")) for axis in "xy")),
+        objective=_positive(properties.get("openslide.objective-power")),
         background=_rgba(properties.get("openslide.background-color")),
-        icc_profile=tiff.icc_profile or _icc_profile(reader),
+        icc_profile=icc_profile or _icc_profile(slide),
     )
+
+
+def of_tiff(file: Any, page: Any, is_transposed: bool) -> Metadata:
+    """The metadata of an open ``tifffile.TiffFile``, and of the page of its scan, which may be shown transposed."""
+    mpp: list[float | None] = [None, None]
+    objective = None
+    if file.is_ome:
+        mpp, objective = _ome_metadata(file.ome_metadata)
+    elif page.is_svs:
+        details = dict(part.split("=", 1) for part in page.description.split("|")[1:] if "=" in part)
+        entries = {key.strip(): _positive(value) for key, value in details.items()}
+        mpp, objective = [entries.get("MPP")] * 2, entries.get("AppMag")
+    if None in mpp:
+        mpp = _tiff_resolution(file, page)
+    return Metadata(
+        mpp=_plausible(*(reversed(mpp) if is_transposed else mpp)),
+        objective=objective,
+        background=(255, 255, 255, 255),
+        icc_profile=page.iccprofile,
+    )
+
+
+def _plausible(x: float | None, y: float | None) -> tuple[float, float] | None:
+    if x is None or y is None or not all(_MPP[0] <= value <= _MPP[1] for value in (x, y)):
+        return None
+    return x, y
+
+
+def _tiff_resolution(file: Any, page: Any) -> list[float | None]:
+    """Micrometers a pixel, in x and y, by the tags of a TIFF."""
+    unit = _TIFF_UNITS.get(int(page.tags.valueof("ResolutionUnit", 2)))
+    if file.is_imagej:
+        unit = _MICROMETERS.get(str((file.imagej_metadata or {}).get("unit")))
+    mpp: list[float | None] = []
+    for axis in "XY":
+        count, per = page.tags.valueof(f"{axis}Resolution", (0, 1))
+        size = per / count * unit if unit and count and per else None
+        mpp.append(size if size and size <= _COARSEST_BY_TAGS else None)
+    return mpp
 
 
 def _positive(text: object) -> float | None:

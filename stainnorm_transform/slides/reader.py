@@ -17,15 +17,16 @@ from torch import Tensor
 
 from stainnorm_transform.files import one_line
 from stainnorm_transform.resources import in_order
-from stainnorm_transform.slides.formats import Tiff, open_reader
-from stainnorm_transform.slides.metadata import describe
+from stainnorm_transform.slides.formats import open_reader
 from stainnorm_transform.slides.tables import Pixels, look_up_pixels, srgb_table
 
 _READ_SIDE = 1024
+# Resolutions that differ by no more are the same, rounded.
+_SAME = 0.02
 
 
 class Slide:
-    """A whole slide: Aperio, Hamamatsu, MIRAX, Philips, tiled TIFF, OME-TIFF, DICOM and what else OpenSlide reads.
+    """A whole slide: Aperio, Hamamatsu, MIRAX, Philips, DICOM and what else OpenSlide reads, OME-TIFF and other TIFF.
 
     Reading is safe in threads. After a fork, open it again.
 
@@ -33,6 +34,8 @@ class Slide:
         path: of the slide; of a slide of several files, the one that OpenSlide opens.
         to_srgb: whether colors are converted to sRGB by the slide's ICC profile, if it has one. Otherwise they are as
             stored, which nearly all models were trained on.
+        mpp: micrometers a pixel, of a slide that does not say.
+        skip_damaged: whether parts that cannot be decoded become background instead of an error: see ``damaged``.
 
     Attributes:
         dimensions: (width, height) in pixels, of level 0.
@@ -43,32 +46,44 @@ class Slide:
         icc_profile: of the colors that are read, or None.
 
     Raises:
-        ImportError: OpenSlide, tiffslide or imagecodecs is not installed.
-        ValueError: it is no slide, damaged, or not 8-bit RGB.
+        ImportError: OpenSlide, tifffile or imagecodecs is not installed.
+        ValueError: it is no slide, damaged, not supported, or not 8-bit RGB, or says another resolution than ``mpp``.
         OSError: there is no such file, or it may not be read.
     """
 
-    def __init__(self, path: str | os.PathLike[str], to_srgb: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        to_srgb: bool = False,
+        mpp: float | None = None,
+        skip_damaged: bool = False,
+    ) -> None:
         self.path = Path(path)
-        self._reader, tiff = open_reader(self.path)
+        self._reader = open_reader(self.path, skip_damaged)
         try:
-            self._describe(tiff, to_srgb)
+            self._describe(to_srgb, mpp)
         except Exception as error:
             self.close()
             if isinstance(error, ValueError):
                 raise
             raise ValueError(f"damaged slide ({one_line(error)})") from error
 
-    def _describe(self, tiff: Tiff, to_srgb: bool) -> None:
-        self._is_ome = tiff.ome is not None
-        self.level_dimensions: list[tuple[int, int]] = [tuple(size) for size in self._reader.level_dimensions]
-        self.level_downsamples: list[float] = [float(value) for value in self._reader.level_downsamples]
+    def _describe(self, to_srgb: bool, mpp: float | None) -> None:
+        self.level_dimensions = self._reader.level_dimensions
+        self.level_downsamples = self._reader.level_downsamples
         self.dimensions = self.level_dimensions[0]
-        self.mpp, self.objective, self._background, self.icc_profile = describe(self._reader, tiff)
+        self.mpp, self.objective, self._background, self.icc_profile = self._reader.metadata
+        if mpp is not None:
+            self.mpp = _agreed(self.mpp, mpp)
         self._colors: NDArray[np.int32] | None = None
         if to_srgb and self.icc_profile:
             self._colors = srgb_table(self.icc_profile)
             self.icc_profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+    @property
+    def damaged(self) -> list[tuple[int, int, int, int]]:
+        """(x, y, width, height) of the parts of level 0 that could not be decoded and have become background so far."""
+        return self._reader.damaged
 
     def __enter__(self) -> Slide:
         return self
@@ -104,31 +119,13 @@ class Slide:
         if width < 1 or height < 1:
             raise ValueError(f"expected a region of 1 x 1 pixels or more, got {width} x {height}")
         try:
-            region = self._region(x, y, width, height, level)
+            pixels = self._reader.region(x, y, width, height, level)
         except Exception as error:
             raise ValueError(f"damaged at x = {x}, y = {y} of {width} x {height} pixels: {one_line(error)}") from error
-        pixels = np.asarray(region)
         if pixels[..., 3].min() < 255:
-            pixels = np.asarray(Image.alpha_composite(Image.new("RGBA", region.size, self._background), region))
+            background = Image.new("RGBA", (width, height), self._background)
+            pixels = np.asarray(Image.alpha_composite(background, Image.fromarray(pixels)))
         return pixels if self._colors is None else look_up_pixels(pixels, self._colors)
-
-    def _region(self, x: int, y: int, width: int, height: int, level: int) -> Image.Image:
-        """A region of mode RGBA, transparent where it is outside of what was scanned."""
-        if not self._is_ome:
-            return self._reader.read_region((x, y), level, (width, height))
-        scale = self.level_downsamples[level]
-        left, top = round(x / scale), round(y / scale)
-        columns, rows = self.level_dimensions[level]
-        right, bottom = min(left + width, columns), min(top + height, rows)
-        region = Image.new("RGBA", (width, height))
-        inside = max(0, left), max(0, top)
-        if inside[0] < right and inside[1] < bottom:
-            # tiffslide rounds down when it goes back to the level.
-            start = math.ceil(inside[0] * scale), math.ceil(inside[1] * scale)
-            size = right - inside[0], bottom - inside[1]
-            part = self._reader.read_region(start, level, size).convert("RGBA")
-            region.paste(part, (inside[0] - left, inside[1] - top))
-        return region
 
     def associated_images(self) -> dict[str, Image.Image]:
         """The images of mode RGB beside the scan, by name: of the label, of the whole glass (macro), a thumbnail.
@@ -137,7 +134,7 @@ class Slide:
             ValueError: one is damaged.
         """
         try:
-            return {name: image.convert("RGB") for name, image in self._reader.associated_images.items()}
+            return {name: image.convert("RGB") for name, image in self._reader.associated_images().items()}
         except Exception as error:
             raise ValueError(f"damaged label, macro or thumbnail image: {one_line(error)}") from error
 
@@ -173,6 +170,17 @@ class Slide:
 
         collections.deque(in_order(read, corners(width, height, side), threads), maxlen=0)
         return out, scale * step
+
+
+def _agreed(said: tuple[float, float] | None, mpp: float) -> tuple[float, float]:
+    """The resolution of a slide that says this, and of which we are told ``mpp``."""
+    if not 0 < mpp < math.inf:
+        raise ValueError(f"expected micrometers a pixel above 0, got {mpp}")
+    if said is None:
+        return mpp, mpp
+    if any(abs(value / mpp - 1) > _SAME for value in said):
+        raise ValueError(f"expected no other resolution than the slide's own, {said[0]:g} micrometers, got {mpp:g}")
+    return said
 
 
 def corners(width: int, height: int, side: int) -> Iterator[tuple[int, int]]:

@@ -3,6 +3,7 @@
 import re
 import signal
 import sys
+from pathlib import Path
 
 import numpy as np
 import openslide
@@ -23,6 +24,7 @@ from synthetic import (
 
 from stainnorm_transform.cli.main import main
 from stainnorm_transform.color import shift_ab
+from stainnorm_transform.folders import FileNormalizer, Settings
 from stainnorm_transform.slides import Slide, SlideFormat, slide_normalizer, write_slide
 
 
@@ -59,6 +61,7 @@ def test_a_slide_is_made_again_only_when_something_changed(run, tmp_path):
         ["--lossless"],
         ["--keep-label"],
         ["--srgb"],
+        ["--mpp", "0.5"],
         ["--offset=1,2"],
         ["--offset=1,3"],
     ):
@@ -146,6 +149,102 @@ def test_pixels_that_are_not_square_are_told(run, tmp_path, capsys):
         assert float(slide.properties["tiff.YResolution"]) == pytest.approx(20_000)
 
 
+def test_a_resolution_can_be_given(run, tmp_path, capsys):
+    """Of slides that do not say it; it is written into the result, in both layouts."""
+    make_slide(tmp_path / "in/a.svs", tissue(600, 600), mpp=None)
+    make_slide(tmp_path / "in/b.svs", tissue(600, 600), mpp=0.2528)
+    make_slide(tmp_path / "in/c.svs", tissue(600, 600), mpp=0.5)
+    assert run(tmp_path / "in") == 0
+    assert (
+        "a.svs: the slide does not say its resolution, nor does the result: --mpp gives it" in capsys.readouterr().out
+    )
+    assert run(tmp_path / "in", options=["--mpp", "0.25"]) == 1
+    captured = capsys.readouterr()
+    assert "resolution, nor" not in captured.out
+    assert "c.svs: expected no other resolution than the slide's own, 0.5 micrometers, got 0.25" in captured.err
+    for name, mpp in (("a", 0.25), ("b", 0.2528)):
+        with openslide.OpenSlide(tmp_path / f"out/{name}.tif") as slide:
+            assert float(slide.properties["openslide.mpp-x"]) == mpp
+            assert float(slide.properties["tiff.XResolution"]) == pytest.approx(10_000 / mpp)
+    assert run(tmp_path / "in/a.svs", out="ome", options=["--mpp", "0.25", "--ome"]) == 0
+    with tifffile.TiffFile(tmp_path / "ome/a.ome.tif") as tiff:
+        assert 'PhysicalSizeX="0.25"' in tiff.ome_metadata
+    assert run(tmp_path / "in/a.svs", options=["--mpp", "0.26"]) == 0
+    with openslide.OpenSlide(tmp_path / "out/a.tif") as slide:
+        assert float(slide.properties["openslide.mpp-x"]) == 0.26
+
+
+@pytest.mark.parametrize("kind", ["svs", "tif", "ome.tif"])
+def test_damaged_parts_become_white_if_asked(run, tmp_path, capsys, kind):
+    path = tmp_path / f"in/a.{kind}"
+    if kind == "svs":
+        make_slide(path, tissue(1100, 1500))
+    else:
+        path.parent.mkdir()
+        with tifffile.TiffWriter(path, ome=kind == "ome.tif") as file:
+            file.write(tissue(1100, 1500), tile=(240, 240), photometric="rgb", compression="zlib")
+    make_slide(tmp_path / "in/good.svs", tissue(300, 300))
+    damage(path)  # at x = 720, y = 0 of 240 x 240 pixels
+    options = ["--lossless", "--offset=0,0"]
+    assert run(tmp_path / "in", options=options) == 1
+    assert "damaged at x = " in capsys.readouterr().err
+    good = (tmp_path / "out/good.tif").stat().st_mtime_ns
+    assert run(tmp_path / "in", options=[*options, "--skip-damaged"]) == 0
+    # What was right stays; OpenSlide does not say which tile it was, but in which parts of 256 pixels.
+    assert (tmp_path / "out/good.tif").stat().st_mtime_ns == good
+    x, count, width = (512, 2, 512) if kind == "svs" else (720, 1, 240)
+    said = capsys.readouterr().out
+    assert f"a.{kind}: {count} damaged part" in said
+    assert f"became white, at x = {x}, y = 0 of {width // count} x {width // count} pixels" in said
+    expected = tissue(1100, 1500)
+    expected[: width // count, x : x + width] = 255
+    assert np.array_equal(levels_of(tmp_path / "out/a.tif")[0], expected)
+    assert {row["output"]: row["made_by"].partition("lossless")[2] for row in rows(tmp_path / "out")} == {
+        "a.tif": f" damaged {count}",
+        "good.tif": "",
+    }
+    # It is said again, and without the option such a result is not finished.
+    assert run(tmp_path / "in", options=[*options, "--skip-damaged", "--overview"]) == 0
+    said = capsys.readouterr()
+    assert "2 of them by an earlier run" in said.out
+    assert f"{count} damaged part{'s' * (count > 1)} became white, in an earlier run" in said.out
+    assert not said.err
+    assert run(tmp_path / "in", options=options) == 1
+
+
+def test_a_tiled_tiff_stays_tiled_with_its_resolution(run, tmp_path):
+    options = {"photometric": "rgb", "metadata": None, "resolution": (40_000, 40_000), "resolutionunit": "centimeter"}
+    tifffile.imwrite(tmp_path / "a.tif", tissue(700, 600), tile=(256, 256), compression="jpeg", **options)
+    assert run(tmp_path / "a.tif") == 0
+    with openslide.OpenSlide(tmp_path / "out/a.tif") as slide:
+        assert slide.dimensions == (600, 700)
+        assert float(slide.properties["openslide.mpp-x"]) == 0.25
+
+
+def test_dicom_files_and_kinds_that_are_not_read_are_found(run, tmp_path, capsys):
+    save(tmp_path / "in/a.png")
+    (tmp_path / "in/1.2.840.7").write_bytes(bytes(128) + b"DICM")
+    (tmp_path / "in/DICOMDIR").write_bytes(bytes(128) + b"DICM")
+    (tmp_path / "in/b.vsi").write_bytes(b"II*\0")
+    assert run(tmp_path / "in") == 1
+    said = capsys.readouterr()
+    assert "1 of 2 images normalized" in said.out
+    assert f"{tmp_path}/in/1.2.840.7: " in said.err
+    assert (
+        f"convert them to OME-TIFF or DICOM, by QuPath, bfconvert or the scanner's own program:\n  {tmp_path}/in/b.vsi"
+        in said.out
+    )
+    assert run(tmp_path / "in/b.vsi") == 1
+    assert "b.vsi: not supported: Olympus (.vsi); convert it to OME-TIFF" in capsys.readouterr().err
+
+
+def test_results_of_dicom_files_keep_names_with_dots(tmp_path, trained):
+    normalizer = FileNormalizer(Settings(tmp_path, str(trained)))
+    for name, expected in (("1.2.840.7", "1.2.840.7.tif"), ("IM1", "IM1.tif"), ("a.b.dcm", "a.b.tif")):
+        (tmp_path / name).write_bytes(bytes(128) + b"DICM")
+        assert normalizer.output_name(tmp_path / name, Path(name)) == Path(expected)
+
+
 def test_colors_become_srgb_if_asked(run, tmp_path):
     path = make_slide(tmp_path / "a.svs", tissue(300, 300), iccprofile=swapped_profile())
     assert run(path, options=["--lossless", "--offset=0,0"]) == 0
@@ -171,7 +270,7 @@ def test_bad_slides_are_named_and_the_others_done(run, tmp_path, capsys):
         assert f"{name}: damaged at x = " in captured.err
     assert "none.ndpi: not a slide of a format that OpenSlide reads" in captured.err
     assert "short.svs: " in captured.err
-    assert "grey.tif: expected 8-bit RGB, got 8 bits and 1 channel a page" in captured.err
+    assert "grey.tif: expected 8-bit RGB, got 8 bits and 1 channel" in captured.err
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"good.tif", "offsets.csv"}
     assert "Traceback" not in captured.err
 
@@ -263,6 +362,8 @@ def test_slides_without_the_packages_are_named(run, tmp_path, monkeypatch, capsy
     [
         (["--out", ""], "got an empty name"),
         (["--quality", "0"], "expected a JPEG quality from 1 to 100, got 0"),
+        (["--mpp", "0"], "expected micrometers a pixel, from 0.01 to 100, got '0'"),
+        (["--mpp", "nan"], "expected micrometers a pixel"),
         (["--threads", "0"], "expected a number of 1 or more, got '0'"),
         (["--quality", "80", "--lossless"], "not allowed with argument"),
     ],

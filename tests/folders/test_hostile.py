@@ -157,10 +157,17 @@ def test_damaged_images(command, capsys, data):
     command(f"x.{suffix}", data.draw(damaged(GOOD[name])), capsys)
 
 
-def slide(ome=False, **options):
+def slide(ome=False, planes=False, **options):
     file = io.BytesIO()
     pixels = tissue(400, 300)
     options = {"tile": (128, 128), "photometric": "rgb"} | options
+    if planes:
+        with tifffile.TiffWriter(file, ome=True) as tiff:
+            for number, level in enumerate((pixels, pixels[::2, ::2])):
+                axes = {"axes": "CYX"} if number == 0 else None
+                level = np.moveaxis(level, -1, 0).copy()
+                tiff.write(level, subifds=1 - number, subfiletype=number, metadata=axes, **options)
+        return file.getvalue()
     text = {} if ome else {"description": "Aperio Image Library v0|AppMag = 20|MPP = 0.5"}
     with tifffile.TiffWriter(file, bigtiff=True, ome=ome) as tiff:
         tiff.write(pixels, subifds=int(ome), metadata={"axes": "YXS"} if ome else None, **text, **options)
@@ -175,6 +182,9 @@ SLIDES = {
     "deflate.svs": slide(compression="zlib", predictor=True),
     "x.tif": slide(compression="lzw"),
     "x.ome.tif": slide(ome=True, compression="jpeg"),
+    "planes.ome.tif": slide(planes=True, photometric="minisblack", compression="packbits"),
+    "j2k.tif": slide(ome=True, compression="jpeg2000"),
+    "strips.tif": slide(ome=True, compression="webp", tile=None, rowsperstrip=64),
 }
 
 

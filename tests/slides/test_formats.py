@@ -2,8 +2,10 @@
 
 import os
 import sys
+from unittest.mock import Mock
 
 import numpy as np
+import openslide
 import pytest
 import tifffile
 from PIL import Image
@@ -20,21 +22,14 @@ from stainnorm_transform.slides.formats import without_parts
         (lambda path: Image.new("RGB", (50, 50)).save(path, "PNG"), "not a slide of a format"),
         (
             lambda path: tifffile.imwrite(path, np.zeros((256, 256), np.uint8), tile=(64, 64)),
-            "8-bit RGB, got 8 bits and 1 channel a page",
+            "8-bit RGB, got 8 bits and 1 channel",
         ),
         (
             lambda path: tifffile.imwrite(path, np.zeros((256, 256, 3), np.uint16), tile=(64, 64), photometric="rgb"),
-            "8-bit RGB, got 16 bits and 3 channels a page",
+            "8-bit RGB, got 16 bits and 3 channels",
         ),
         (lambda path: path.mkdir(), "expected a regular file"),
         (lambda path: path.write_bytes(b""), "an empty file"),
-        (lambda path: tifffile.imwrite(path, tissue(300, 300), photometric="rgb"), "a TIFF that is not tiled"),
-        (
-            lambda path: tifffile.imwrite(
-                path, tissue(64, 64).transpose(2, 0, 1).copy(), photometric="rgb", planarconfig="separate", ome=True
-            ),
-            "side by side, got separate planes",
-        ),
     ],
 )
 def test_what_is_no_slide_is_named(tmp_path, make, message):
@@ -50,7 +45,7 @@ def test_absurd_tiles_are_refused_before_memory_is_asked_for(tmp_path, tag):
     path = make_slide(tmp_path / "a.svs", tissue(300, 300))
     with tifffile.TiffFile(path, mode="r+") as tiff:
         tiff.pages[0].tags[tag].overwrite((1 << 19) + 128)
-    with pytest.raises(ValueError, match="expected tiles of at most 67108864 pixels, got"):
+    with pytest.raises(ValueError, match=r"not supported: tiles of \d+ x \d+ pixels, more than 67108864"):
         Slide(path)
 
 
@@ -80,9 +75,12 @@ def test_a_missing_file_is_an_os_error(tmp_path):
             lambda path: tifffile.imwrite(
                 path, np.stack([tissue(300, 300)] * 3), tile=(128, 128), photometric="rgb", ome=False
             ),
-            "3 pages, of which only one would be kept",
+            r"expected one image, got 3 of one size \(axes \w+\), of which only one would be kept",
         ),
-        (lambda path: write_ome(path, np.stack([tissue(300, 300)] * 3), metadata={"axes": "ZYXS"}), "got axes ZYXS"),
+        (
+            lambda path: write_ome(path, np.stack([tissue(300, 300)] * 3), metadata={"axes": "ZYXS"}),
+            r"3 of one size \(axes ZYXS\)",
+        ),
     ],
 )
 def test_what_would_be_lost_is_refused(tmp_path, make, message):
@@ -97,26 +95,38 @@ def test_a_slide_without_the_packages_says_what_to_install(slide_path, monkeypat
         Slide(slide_path)
 
 
-def test_tiffs_are_slides_if_tiled_and_of_several_pages_or_large(tmp_path, slide_path):
+def test_plain_images_need_no_packages_and_tiled_ones_ask_for_them(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openslide", None)
+    for name, tile in (("plain", None), ("tiled", (64, 64))):
+        tifffile.imwrite(tmp_path / f"{name}.tif", tissue(100, 100), tile=tile, photometric="rgb")
+    assert not is_slide(tmp_path / "plain.tif")
+    assert is_slide(tmp_path / "tiled.tif")
+    with pytest.raises(ImportError, match=r'run pip install "\.\[slides\]"'):
+        Slide(tmp_path / "tiled.tif")
+
+
+def test_tiffs_are_slides_if_tiled_or_with_levels_or_large(tmp_path, slide_path):
     pixels = tissue(256, 256)
     options = {"photometric": "rgb", "metadata": None}
     tifffile.imwrite(tmp_path / "plain.tif", pixels, **options)
     tifffile.imwrite(tmp_path / "tiled.tif", pixels, tile=(64, 64), **options)
     tifffile.imwrite(tmp_path / "pages.tif", np.stack([pixels] * 2), **options)
-    tifffile.imwrite(tmp_path / "large.tif", shape=(8192, 8192, 3), dtype=np.uint8, tile=(256, 256), **options)
-    with tifffile.TiffWriter(tmp_path / "levels.tif") as file:
-        file.write(pixels, tile=(64, 64), subifds=1, **options)
-        file.write(pixels[:128, :128], tile=(64, 64), subfiletype=1, **options)
+    tifffile.imwrite(tmp_path / "large.tif", shape=(8192, 8192, 3), dtype=np.uint8, rowsperstrip=256, **options)
+    for name, subifds in (("levels.tif", None), ("subifds.tif", 1)):
+        with tifffile.TiffWriter(tmp_path / name) as file:
+            file.write(pixels, subifds=subifds, **options)
+            file.write(np.ascontiguousarray(pixels[::2, ::2]), subfiletype=1, **options)
     (tmp_path / "damaged.tif").write_bytes(b"II*\0\xff\xff\xff\xff")
     slide_path.with_suffix(".tiff").write_bytes(slide_path.read_bytes())
     found = {path.name: is_slide(path) for path in tmp_path.iterdir()}
     assert found == {
         "plain.tif": False,
-        "tiled.tif": False,
+        "tiled.tif": True,
         "pages.tif": False,
         "damaged.tif": False,
         "large.tif": True,
         "levels.tif": True,
+        "subifds.tif": True,
     }
     assert is_slide(slide_path.with_suffix(".tiff"))
     assert is_slide(slide_path)
@@ -131,19 +141,22 @@ def test_pipes_are_no_slides(tmp_path):
     assert len(without_parts(sorted(tmp_path.iterdir()))) == 2
 
 
-def test_files_of_one_dicom_slide_are_one(tmp_path, monkeypatch):
-    class Fake:
-        def __init__(self, path):
-            if path.stem == "none":
-                raise ValueError("no slide")
-            self.properties = {"dicom.SeriesInstanceUID": path.stem[0]}
+@pytest.mark.parametrize("name", ["a.vsi", "A.iSyntax", "b.qptiff"])
+def test_slides_of_kinds_that_are_not_read_are_refused_with_advice(tmp_path, name):
+    (tmp_path / name).write_bytes(b"II*\0")
+    with pytest.raises(
+        ValueError, match=r"^not supported: \w+.* \(\.\w+\); convert it to OME-TIFF or DICOM, by QuPath"
+    ):
+        Slide(tmp_path / name)
 
-        __enter__ = lambda self: self  # noqa: E731
-        __exit__ = lambda self, *_: None  # noqa: E731
 
-    monkeypatch.setattr(formats, "open_reader", lambda path: (Fake(path), formats.Tiff()))
-    paths = [tmp_path / name for name in ("x/a1.dcm", "x/a2.dcm", "x/b1.dcm", "x/none.dcm", "y/a1.dcm")]
-    assert without_parts(paths) == [paths[0], *paths[2:]]
+def test_what_openslide_does_not_support_is_not_called_damaged(slide_path, monkeypatch):
+    monkeypatch.setattr(openslide.OpenSlide, "detect_format", lambda path: "zeiss")
+    for text in ("JPEG XR compression is not supported", "Unsupported JPEG XR compression"):
+        error = openslide.OpenSlideError(text)
+        monkeypatch.setattr(formats, "OpenSlideReader", Mock(side_effect=error))
+        with pytest.raises(ValueError, match=r"^not supported: JPEG XR compression; convert it"):
+            Slide(slide_path)
 
 
 def test_parts_of_a_slide_are_no_images_of_their_own(tmp_path):

@@ -1,0 +1,97 @@
+"""Which image of a TIFF is the scan, and whether it can be read as RGB."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+
+from stainnorm_transform.slides.tiff_tiles import CONVERT
+
+# Attributes of channels in OME-XML.
+_FLUORESCENCE = {"Fluor", "EmissionWavelength", "ExcitationWavelength"}
+
+
+def the_scan(file: Any) -> Any:
+    """The series of an open ``tifffile.TiffFile`` whose levels are those of the scan.
+
+    tifffile finds levels in SubIFDs, and in pages by their sizes. Red, green and blue may be side by side, planes of a
+    page, or, in OME-TIFF, pages of 8 bits each.
+
+    Raises:
+        ValueError: it is not 8-bit RGB, or the file has other images, which would be lost.
+    """
+    scan = max(file.series, key=lambda series: _pixels(series.keyframe))
+    page = scan.keyframe
+    is_split = "C" in scan.axes
+    check_rgb(page, _product(scan, set("SC")), is_split)
+    count = _product(scan, set(scan.axes) - set("YXSC"))
+    if count > 1:
+        what = f"expected one image, got {count} of one size (axes {scan.axes})"
+        raise ValueError(f"{what}, of which only one would be kept: split it first")
+    if is_split:
+        if not file.is_ome:
+            raise ValueError(f"expected RGB, got three grey images; {CONVERT}")
+        if any(each is None for level in scan.levels for each in level.pages):
+            raise ValueError("a channel is missing")
+        if _is_fluorescent(file.ome_metadata):
+            raise ValueError("expected RGB, got three channels of fluorescence")
+    if scan.is_multifile:
+        raise ValueError(f"not supported: OME-TIFF of several files; {CONVERT}")
+    # Thumbnail, label and image of the whole glass are small, or in strips beside tiles.
+    others = [each.keyframe for each in file.series if each is not scan]
+    largest = max((_pixels(each) for each in others if each.is_tiled or not page.is_tiled), default=0)
+    if largest > _pixels(page) / 4 or (file.is_ome and scan is not file.series[0]):
+        first = ", and first" if file.is_ome else ""
+        raise ValueError(f"expected one scan{first}, got {len(file.series)} images, others as large: split it first")
+    return scan
+
+
+def check_rgb(page: Any, channels: int, is_split: bool = False) -> None:
+    """Raises ValueError for an image that is not 8-bit RGB.
+
+    Args:
+        page: of the image, by tifffile.
+        channels: of the image.
+        is_split: whether the page is that of one channel.
+    """
+    bits = page.bitspersample
+    if channels not in (3, 4) or bits != 8 or page.dtype != np.uint8:
+        raise ValueError(f"expected 8-bit RGB, got {bits} bits and {channels} channel{'s' * (channels > 1)}")
+    if page.photometric.name not in (("MINISBLACK",) if is_split else ("RGB", "YCBCR")):
+        raise ValueError(f"expected RGB, got color model {page.photometric.name}")
+
+
+def _pixels(page: Any) -> int:
+    return int(page.imagewidth * page.imagelength)
+
+
+def _product(series: Any, axes: set[str]) -> int:
+    return math.prod(size for axis, size in zip(series.axes, series.shape, strict=True) if axis in axes)
+
+
+def _is_fluorescent(xml: str) -> bool:
+    try:
+        channels = ElementTree.fromstring(xml).iterfind("{*}Image/{*}Pixels/{*}Channel")
+    except ElementTree.ParseError:
+        return False
+    return any(not _FLUORESCENCE.isdisjoint(channel.attrib) for channel in channels)
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Silences tifffile, whose messages of damage do not name the file."""
+    import tifffile
+
+    logger: logging.Logger = tifffile.logger()
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
