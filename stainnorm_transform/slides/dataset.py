@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import os
 from pathlib import Path
@@ -17,6 +18,9 @@ from stainnorm_transform.resources import cores
 from stainnorm_transform.slides.reader import Slide
 from stainnorm_transform.slides.sampling import slide_normalizer, tissue_shares
 from stainnorm_transform.transform import NormalizeStain
+
+# Slides that the datasets of a process keep open: those read last.
+OPEN_SLIDES = 8
 
 
 class SlideTiles(Dataset[dict[str, Any]]):
@@ -68,7 +72,6 @@ class SlideTiles(Dataset[dict[str, Any]]):
         if level and mpp is not None:
             raise ValueError(f"expected a level or an mpp, got both: {level} and {mpp}")
         self.path, self.side, self.to_srgb = Path(path), side, to_srgb
-        self._slides: dict[int, Slide] = {}
         with Slide(path, to_srgb) as slide:
             self._choose(slide, normalize, level, mpp, min_tissue)
 
@@ -117,11 +120,10 @@ class SlideTiles(Dataset[dict[str, Any]]):
         return {"image": image.contiguous(), "x": x, "y": y, "level": self.level}
 
     def _slide(self) -> Slide:
-        """The slide, opened once in each process."""
-        process = os.getpid()
-        if process not in self._slides:
-            self._slides = {process: Slide(self.path, self.to_srgb)}
-        return self._slides[process]
+        return _open(os.getpid(), self.path, self.to_srgb)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_slides": {}}
+
+# A fork must not read by the handles of its parent.
+@functools.lru_cache(maxsize=OPEN_SLIDES)
+def _open(process: int, path: Path, to_srgb: bool) -> Slide:
+    return Slide(path, to_srgb)

@@ -1,9 +1,12 @@
 """The tissue of a slide as a dataset."""
 
+import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 from synthetic import damage, make_slide, on_glass, tissue
@@ -12,6 +15,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from stainnorm_transform import TrainConfig, train
 from stainnorm_transform.slides import Slide, SlideTiles, slide_normalizer
+from stainnorm_transform.slides.dataset import OPEN_SLIDES
 
 
 def test_tiles_are_those_of_the_slide_in_its_normalized_colors(tmp_path, normalize):
@@ -124,3 +128,20 @@ def test_damage_names_the_slide(tmp_path):
 def test_a_blank_slide_has_no_tiles(tmp_path, normalize):
     path = make_slide(tmp_path / "a.svs", np.full((600, 700, 3), 243, np.uint8))
     assert len(SlideTiles(path, normalize)) == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="run on Linux: open files are counted")
+@pytest.mark.parametrize("ome", [False, True])
+def test_many_slides_do_not_stay_open(tmp_path, ome):
+    pixels = tissue(512, 512)
+    if ome:
+        made = [tmp_path / f"{number}.ome.tif" for number in range(12)]
+        for path in made:
+            tifffile.imwrite(path, pixels, tile=(256, 256), photometric="rgb", metadata={"axes": "YXS"})
+    else:
+        made = [make_slide(tmp_path / f"{number}.svs", pixels) for number in range(12)]
+    tiles = [SlideTiles(path, None, side=256, min_tissue=0) for path in made]
+    before = len(os.listdir("/proc/self/fd"))
+    images = [dataset[0]["image"] for _ in range(2) for dataset in tiles]
+    assert len(os.listdir("/proc/self/fd")) - before <= OPEN_SLIDES
+    assert all(torch.equal(image, images[0]) for image in images)
