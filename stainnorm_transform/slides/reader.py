@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import math
 import os
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -60,6 +61,8 @@ class Slide:
     ) -> None:
         self.path = Path(path)
         self._reader = open_reader(self.path, skip_damaged)
+        # Also when nobody uses it any more.
+        self._close = weakref.finalize(self, self._reader.close)
         try:
             self._describe(to_srgb, mpp)
         except Exception as error:
@@ -95,7 +98,7 @@ class Slide:
 
     def close(self) -> None:
         """Closes the file."""
-        self._reader.close()
+        self._close()
 
     def read(self, x: int, y: int, width: int, height: int, level: int = 0) -> Tensor:
         """A region as uint8 (3, height, width); what was not scanned has the slide's background color, or white.
