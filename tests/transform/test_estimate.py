@@ -125,7 +125,7 @@ def test_the_estimate_is_close_to_the_dense_one(data):
     assert max(differences) > 0
 
 
-@pytest.mark.parametrize(("size", "step"), [((64, 64), 2), ((256, 64), 4)])
+@pytest.mark.parametrize(("size", "step"), [((64, 64), 2), ((256, 256), 4)])
 def test_the_dense_estimate_begins_copies_at_every_pixel(size, step):
     network = weights.load().network
     image = render_tile(3, 256)[:, : size[0], : size[1]]
@@ -137,8 +137,8 @@ def test_the_dense_estimate_begins_copies_at_every_pixel(size, step):
             sums += pixels * tissue_sums(network, window, 64 * step)
             unweighted += tissue_sums(network, window, 64 * step)
     expected = mean_offset(sums)
-    assert (mean_offset(unweighted) - expected).norm() > 5e-4
-    torch.testing.assert_close(NormalizeStain(network).estimate_offset(image, dense=True), expected, atol=1e-4, rtol=0)
+    assert (mean_offset(unweighted) - expected).norm() > 1.5e-4
+    torch.testing.assert_close(NormalizeStain(network).estimate_offset(image, dense=True), expected, atol=5e-5, rtol=0)
 
 
 def test_the_estimate_does_not_jump_by_one_more_pixel(data):
