@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from stainnorm_transform.resources import in_order
 from stainnorm_transform.slides.reader import Slide, corners
-from stainnorm_transform.slides.tables import Pixels, look_up_pixels
+from stainnorm_transform.slides.tables import Pixels
 
 # Side of a tile in every level; two by two are read, shifted and encoded at once.
 TILE = 512
@@ -24,6 +23,7 @@ BLOCK = 2 * TILE
 _HIGH_QUALITY = 90
 
 Encode = Callable[[Pixels], bytes]
+Recolor = Callable[[Pixels], Pixels]
 
 
 class Pyramid:
@@ -33,14 +33,14 @@ class Pyramid:
 
     Args:
         slide: an open slide.
-        table: as ``color.shift_table``; None leaves the colors as they are.
+        recolor: what gives pixels (H, W, 4) their new colors; None leaves them as they are.
         encode: what makes a tile of pixels (TILE, TILE, 4).
         folder: for temporary files, in which smaller levels wait.
     """
 
-    def __init__(self, slide: Slide, table: NDArray[np.int32] | None, encode: Encode, folder: Path) -> None:
+    def __init__(self, slide: Slide, recolor: Recolor | None, encode: Encode, folder: Path) -> None:
         self.slide = slide
-        self.table = table
+        self.recolor = recolor
         self.encode = encode
         self.sizes = level_sizes(*slide.dimensions)
         self.smaller = [_Level(below, folder) for below in self.sizes[:-1]]
@@ -75,8 +75,8 @@ class Pyramid:
         width, height = self.slide.dimensions
         size = min(BLOCK, width - x), min(BLOCK, height - y)
         pixels = self.slide.pixels(x, y, *size)
-        if self.table is not None:
-            pixels = look_up_pixels(pixels, self.table)
+        if self.recolor is not None:
+            pixels = self.recolor(pixels)
         pixels = _padded(pixels, BLOCK)
         tiles = [
             [self.encode(pixels[top : top + TILE, left : left + TILE]) for left in range(0, size[0], TILE)]

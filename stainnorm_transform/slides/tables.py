@@ -1,14 +1,16 @@
-"""Colors of pixels (H, W, 4) by tables of all 2**24 colors."""
+"""Colors of pixels (H, W, 4), by tables of all 2**24 colors and without."""
 
 from __future__ import annotations
 
 import io
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
+from torch import Tensor
 
-from stainnorm_transform.color import TABLE_SIZE
+from stainnorm_transform.color import TABLE_SIZE, shift_ab
 from stainnorm_transform.files import one_line
 
 Pixels = NDArray[np.uint8]
@@ -28,6 +30,14 @@ def look_up_pixels(pixels: Pixels, table: NDArray[np.int32]) -> Pixels:
         # The mode saves a look at every index, and a buffer.
         table.take(wanted, out=out[top : top + rows], mode="clip")
     return out.view(np.uint8).reshape(pixels.shape)
+
+
+def shift_pixels(pixels: Pixels, offset: Tensor, preserve_white: bool) -> Pixels:
+    """``color.shift_ab`` of pixels (H, W, 4), without a table; the last channel of the result is 0."""
+    out = np.zeros_like(pixels)
+    colors = torch.from_numpy(pixels[..., :3].copy()).permute(2, 0, 1).contiguous()
+    out[..., :3] = shift_ab(colors, offset, preserve_white).permute(1, 2, 0).numpy()
+    return out
 
 
 def srgb_table(icc_profile: bytes) -> NDArray[np.int32]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,11 +15,12 @@ import numpy as np
 from PIL import Image
 
 from stainnorm_transform import __version__
-from stainnorm_transform.color import shift_table
+from stainnorm_transform.color import TABLE_SIZE, shift_table
 from stainnorm_transform.resources import one_torch_thread
 from stainnorm_transform.slides.metadata import OME
-from stainnorm_transform.slides.pyramid import TILE, Pyramid, encoder, subsampling
+from stainnorm_transform.slides.pyramid import TILE, Pyramid, Recolor, encoder, subsampling
 from stainnorm_transform.slides.reader import Slide
+from stainnorm_transform.slides.tables import look_up_pixels, shift_pixels
 from stainnorm_transform.transform import NormalizeStain
 
 _CENTIMETER = 1e4  # in micrometers
@@ -80,13 +82,12 @@ def write_slide(
     """
     import tifffile
 
-    table = None
-    if normalize is not None and normalize.offset is not None and normalize.offset.any():
-        with one_torch_thread():
-            table = shift_table(-normalize.offset[1:].cpu(), normalize.preserve_white).numpy()
     made = _provenance(normalize)
     with (
-        contextlib.closing(Pyramid(slide, table, encoder(file_format.quality), path.parent)) as pyramid,
+        one_torch_thread(),
+        contextlib.closing(
+            Pyramid(slide, _recolor(slide, normalize), encoder(file_format.quality), path.parent)
+        ) as pyramid,
         contextlib.closing(pyramid.largest(threads, progress)) as largest,
         tifffile.TiffWriter(path, bigtiff=True, ome=file_format.ome, shaped=False) as file,
     ):
@@ -94,6 +95,16 @@ def write_slide(
         write(file, slide, pyramid, [largest, *(level.tiles() for level in pyramid.smaller)], file_format, made)
     if file_format.ome and slide.objective:
         tifffile.tiffcomment(path, _with_objective(str(tifffile.tiffcomment(path)), slide.objective))
+
+
+def _recolor(slide: Slide, normalize: NormalizeStain | None) -> Recolor | None:
+    if normalize is None or normalize.offset is None or not normalize.offset.any():
+        return None
+    offset = -normalize.offset[1:].cpu()
+    # A table costs as much as to shift so many pixels.
+    if math.prod(slide.dimensions) < TABLE_SIZE:
+        return functools.partial(shift_pixels, offset=offset, preserve_white=normalize.preserve_white)
+    return functools.partial(look_up_pixels, table=shift_table(offset, normalize.preserve_white).numpy())
 
 
 def _write_aperio(
