@@ -57,8 +57,10 @@ WAYS = [
     {"num_workers": 0},
     *({"num_workers": count, "multiprocessing_context": "fork"} for count in (1, 2)),
     {"num_workers": 2, "multiprocessing_context": "fork", "persistent_workers": True, "prefetch_factor": 3},
-    {"num_workers": 2, "multiprocessing_context": "spawn", "persistent_workers": True},
-    {"num_workers": 1, "multiprocessing_context": "forkserver", "persistent_workers": True},
+    {"num_workers": 1, "multiprocessing_context": "spawn", "persistent_workers": True},
+    pytest.param(
+        {"num_workers": 1, "multiprocessing_context": "forkserver", "persistent_workers": True}, marks=pytest.mark.slow
+    ),
 ]
 
 

@@ -432,10 +432,16 @@ def test_compiles_without_graph_break(random_normalize, tile):
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(image), model(image), atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_compiles_for_every_size(random_normalize):
+    torch._dynamo.reset()
+    compiled = torch.compile(random_normalize, fullgraph=True, backend="eager")
     # Sizes are symbols from the second size on.
-    for size in (300, 400, 1200):
-        other = torch.rand(2, 3, size, size + 1)
-        torch.testing.assert_close(compiled(other), model(other), atol=1e-4, rtol=0)
+    for size in (96, 300, 400, 1200):
+        image = torch.rand(2, 3, size, size + 1)
+        torch.testing.assert_close(compiled(image), random_normalize(image), atol=1e-4, rtol=0)
 
 
 def test_for_slide_is_one_offset_for_all(random_normalize):
