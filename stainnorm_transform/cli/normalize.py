@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         'reads, OME-TIFF and other TIFF; in a clone, pip install ".[slides]") the colors of the target. Every image '
         "gets one a*, b* offset of its own, so tiles of one slide may differ a little; a slide gets one as a whole, "
         "from a sample of its tissue. A TIFF is a slide if it has tiles, levels, channels in pages of their own, or "
-        "more than 64 million pixels. Lightness, white (L* > 97) and black (L* < 5) stay, and what has no tissue "
+        "67 million pixels or more. Lightness, white (L* > 97) and black (L* < 5) stay, and what has no tissue "
         "keeps its colors. Resolution, ICC profile and transparency are kept, where the format has them. Images keep "
         "their format: JPEG is written at quality 95 without chroma subsampling, all others without loss. Label "
         "masks, images of few flat colors, are copied as they are. Slides become tiled pyramidal BigTIFF; their "
@@ -264,7 +264,9 @@ def _left_out(paths: Collection[Path]) -> Iterator[str]:
     kinds = Counter(path.suffix.lower() for path in paths if path not in folders)
     # Names such as IM.0001 have no suffix that says a kind.
     named = [
-        (kind, count) for kind, count in kinds.most_common(KINDS) if 1 < len(kind) <= 6 and not kind[1:].isdecimal()
+        (kind, count)
+        for kind, count in kinds.most_common(KINDS)
+        if kind in formats.UNREAD or (1 < len(kind) <= 6 and not kind[1:].isdecimal())
     ]
     if others := sum(kinds.values()) - sum(count for _, count in named):
         named.append(("others", others))

@@ -71,6 +71,8 @@ def _read(path: Path) -> Image.Image:
             raise ValueError("16 bits a channel: convert it to 8 bits first")
         if getattr(image, "n_frames", 1) > 1:
             raise ValueError("more than one page, of which only the first would be kept: split it first")
+        if isinstance(image, TiffImageFile):
+            _turn_resolution(image)
         image.load()
         if is_mask(image):
             return image
@@ -95,7 +97,18 @@ def _bits(image: Image.Image, path: Path) -> int:
         with path.open("rb") as file:
             size = file.read(1 << 20).partition(_CODESTREAM)[2]
         return (size[38] & 0x7F) + 1 if len(size) > 38 else 8
-    return 16 if ";16" in str(image.tile) else 8  # type: ignore[attr-defined]
+    # BMP of 16 bits a pixel has 5 or 6 a channel.
+    modes = str(image.tile)  # type: ignore[attr-defined]
+    return 16 if ";16" in modes and "BGR;16" not in modes else 8
+
+
+def _turn_resolution(image: TiffImageFile) -> None:
+    """As Pillow turns the pixels of a TIFF, by its Orientation, when it loads them."""
+    tags = ExifTags.Base
+    stored = image.tag_v2
+    if stored.get(tags.Orientation) in (5, 6, 7, 8) and tags.XResolution in stored and tags.YResolution in stored:
+        x, y = stored[tags.XResolution], stored[tags.YResolution]
+        stored[tags.XResolution], stored[tags.YResolution] = y, x
 
 
 def is_mask(image: Image.Image) -> bool:

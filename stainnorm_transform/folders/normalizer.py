@@ -19,7 +19,7 @@ from stainnorm_transform.folders import images
 from stainnorm_transform.folders.offsets import Offsets
 from stainnorm_transform.folders.outcome import FULL, Outcome
 from stainnorm_transform.folders.record import DAMAGED, Record, Source
-from stainnorm_transform.resources import choose_device
+from stainnorm_transform.resources import choose_device, one_torch_thread
 from stainnorm_transform.slides import Slide, SlideFormat, formats, is_slide, slide_normalizer, write_slide
 from stainnorm_transform.transform import NormalizeStain
 
@@ -155,13 +155,13 @@ class FileNormalizer:
         """What a result depends on besides weights and version."""
         how = ""
         if self.settings.offsets is not None:
-            how += " offset {:g},{:g}".format(*self.settings.offsets.of(path))
+            how += " offset {},{}".format(*self.settings.offsets.of(path))
         if is_slide(path):
             chosen = self.settings.slide_format
             how += " lossless" if chosen.quality is None else f" quality {chosen.quality}"
             how += " label" * chosen.keep_label + " srgb" * self.settings.to_srgb
             if self.settings.mpp is not None:
-                how += f" mpp {self.settings.mpp:g}"
+                how += f" mpp {self.settings.mpp}"
         return how
 
 
@@ -170,7 +170,8 @@ def _normalized(transform: NormalizeStain, image: Image.Image, suffix: str) -> t
     device = transform.network.device
     colors = pil_to_tensor(image.convert("RGB")).to(device)
     seen = colors if image.mode == "RGB" else pil_to_tensor(images.flatten(image)).to(device)
-    offset = _finite(transform.estimate_offset(seen))
+    with one_torch_thread():
+        offset = _finite(transform.estimate_offset(seen))
     after = to_pil_image(shift_ab(colors, -offset[1:], transform.preserve_white).cpu())
     if image.mode == "RGBA":
         after.putalpha(image.getchannel("A"))

@@ -1,16 +1,19 @@
 """Images of every format, label masks and metadata, through the command normalize."""
 
+import struct
+
 import imagecodecs
 import numpy as np
 import pytest
 import tifffile
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from render_tiles import render_tile
 from synthetic import rows, save
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from stainnorm_transform.estimate import has_tissue, small_copy
+from stainnorm_transform.folders import images
 from stainnorm_transform.folders.images import is_mask
 
 TILE = np.ascontiguousarray(render_tile().permute(1, 2, 0).numpy())
@@ -215,3 +218,26 @@ def test_a_resolution_that_is_none_is_dropped(run, tmp_path, random_normalize, r
         assert "XResolution" not in tiff.pages[0].tags
         assert tiff.pages[0].description == "a tile"
         assert np.array_equal(tiff.asarray(), random_normalize(render_tile()).permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize(
+    ("orientation", "expected"), [(1, (300, 150)), (3, (300, 150)), (6, (150, 300)), (8, (150, 300))]
+)
+def test_resolution_turns_with_the_image(tmp_path, orientation, expected):
+    tags = ExifTags.Base
+    how = {tags.Orientation: orientation, tags.XResolution: 300, tags.YResolution: 150, tags.ResolutionUnit: 2}
+    to_pil_image(render_tile(0, 64)[:, :40]).save(tmp_path / "a.tif", tiffinfo=how)
+    image = images.read(tmp_path / "a.tif")
+    assert image.size == ((64, 40) if expected == (300, 150) else (40, 64))
+    (tmp_path / "b.tif").write_bytes(images.encode(image, ".tif", like=image))
+    with Image.open(tmp_path / "b.tif") as result:
+        assert (result.tag_v2[tags.XResolution], result.tag_v2[tags.YResolution]) == expected
+        assert result.tag_v2.get(tags.Orientation, 1) == 1
+
+
+def test_five_or_six_bits_a_channel_are_eight(tmp_path):
+    """BMP of 16 bits a pixel."""
+    header = b"BM" + struct.pack("<IHHI", 14 + 40 + 12 + 2 * 4 * 4, 0, 0, 66)
+    header += struct.pack("<IiiHHIIiiII", 40, 4, 4, 1, 16, 3, 32, 0, 0, 0, 0) + struct.pack("<III", 0xF800, 0x7E0, 0x1F)
+    (tmp_path / "a.bmp").write_bytes(header + struct.pack("<H", 0xFC1F) * 16)
+    assert images.read(tmp_path / "a.bmp").getpixel((0, 0)) == (255, 129, 255)
