@@ -65,7 +65,9 @@ def test_tiles_of_another_level_or_resolution(slide_path, normalize):
     assert (between[1]["image"].int() - between.normalize(small).int()).abs().float().mean() < 4
 
 
-@pytest.mark.parametrize(("workers", "context"), [(0, None), (2, "fork"), (1, "spawn")])
+@pytest.mark.parametrize(
+    ("workers", "context"), [(0, None), (2, "fork"), pytest.param(1, "spawn", marks=pytest.mark.slow)]
+)
 def test_tiles_go_through_a_data_loader(slide_path, normalize, workers, context):
     tiles = SlideTiles(slide_path, normalize, side=200)
     loader = DataLoader(tiles, batch_size=8, num_workers=workers, multiprocessing_context=context)

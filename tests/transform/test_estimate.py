@@ -117,7 +117,7 @@ def test_the_estimate_is_close_to_the_dense_one(data):
     normalize = NormalizeStain.pretrained()
     differences = []
     for center in range(5):
-        for path in sorted((data / "camelyon17" / f"center_{center}").glob("tile*"))[:2]:
+        for path in sorted((data / "camelyon17" / f"center_{center}").glob("tile*"))[:1]:
             image = read(path)
             difference = normalize.estimate_offset(image) - normalize.estimate_offset(image, dense=True)
             differences.append(float(difference.norm()))

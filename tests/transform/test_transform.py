@@ -486,7 +486,7 @@ def test_a_fixed_offset_soon_has_a_table_and_nothing_else_changes(monkeypatch, t
 
 def test_slides_share_a_few_tables(monkeypatch, tile):
     monkeypatch.setattr(transform_module, "TABLE_SIZE", 20_000)
-    slides = [NormalizeStain(ColorNormNet(), offset=torch.tensor([0.0, number, -5.0])) for number in range(5)]
+    slides = [NormalizeStain(ColorNormNet(), offset=torch.tensor([0.0, number, -5.0])) for number in range(3)]
     for slide in slides:
         for _ in range(2):
             torch.testing.assert_close(slide(tile), shift_ab(tile, -slide.offset[1:]), atol=1, rtol=0)
