@@ -16,10 +16,11 @@ from stainnorm_transform.network import ColorNormNet, FrozenColorNormNet
 
 Network: TypeAlias = ColorNormNet | FrozenColorNormNet
 
-# Tissue is found on an area-downsampled copy: down to this many pixels on the shorter side, but by MAX_SCALE at most.
-# The network sees that copy at half the size. By the longer side, strips would be seen far smaller than they are.
+# Tissue is found on an area-downsampled copy: down to this many pixels on the longer side, but by MAX_SCALE at most. The
+# network sees that copy at half the size. Longer strips than LONGEST times their width are not seen smaller for it.
 COPY_SIDE = 128
 MAX_SCALE = 8
+LONGEST = 4
 
 # Large images are read in strips of about this many pixels, so that no copy of the whole is made.
 _STRIP_PIXELS = 1 << 18
@@ -131,11 +132,12 @@ def unit_range(image: Tensor) -> Tensor:
 
 
 def _side(image: Tensor) -> int:
-    """Length of which COPY_SIDE pixels are made: the shorter side of the image, within limits."""
+    """Length of which COPY_SIDE pixels are made: the longer side of the image, within limits."""
     # Lengths may be symbols, on which torch.compile and torch.export must not branch.
     height, width = image.shape[-2:]
-    shorter = -_larger(-height, -width)
-    return -_larger(-_larger(shorter, COPY_SIDE), -COPY_SIDE * MAX_SCALE)
+    longer, shorter = _larger(height, width), -_larger(-height, -width)
+    side = -_larger(-longer, -LONGEST * shorter)
+    return -_larger(-_larger(side, COPY_SIDE), -COPY_SIDE * MAX_SCALE)
 
 
 def _length(length: int, step: int, unit: int = 1) -> int:

@@ -77,7 +77,8 @@ def test_the_mean_is_over_the_tissue(tile):
 
 
 def test_large_images_are_seen_as_small_copies():
-    assert small_copy(torch.zeros(1, 3, 1024, 512)).shape == (1, 3, 256, 128)
+    assert small_copy(torch.zeros(1, 3, 1024, 512)).shape == (1, 3, 128, 64)
+    assert small_copy(torch.zeros(1, 3, 5000, 100)).shape == (1, 3, 1600, 32)
     assert small_copy(torch.zeros(1, 3, 5000, 2)).shape == (1, 3, 5000, 2)
     assert small_copy(torch.zeros(1, 3, 1100, 9000)).shape == (1, 3, 137, 1125)
     image = torch.rand(1, 3, 100, 128)
@@ -86,12 +87,12 @@ def test_large_images_are_seen_as_small_copies():
     expected = blocks.reshape(1, 3, 128, 2, 128, 2).mean(dim=(3, 5))
     torch.testing.assert_close(small_copy(blocks), expected)
     odd = torch.rand(1, 3, 200, 300)
-    assert small_copy(odd).shape == (1, 3, 128, 192)
+    assert small_copy(odd).shape == (1, 3, 85, 128)
     square = torch.rand(1, 3, 300, 300)
     expected = torch.nn.functional.interpolate(square, size=(128, 128), mode="area")
     torch.testing.assert_close(small_copy(square), expected)
     # The rows come first, so those that fit whole do not depend on what is below them.
-    torch.testing.assert_close(small_copy(square), small_copy(torch.cat([square, odd[..., :300]], dim=-2))[:, :, :128])
+    torch.testing.assert_close(small_copy(square)[:, :, :85], small_copy(square[:, :, :200]))
 
 
 def test_strips_are_seen_at_the_scale_of_their_field(data):
@@ -125,7 +126,7 @@ def test_the_estimate_is_close_to_the_dense_one(data):
     assert max(differences) > 0
 
 
-@pytest.mark.parametrize(("size", "step"), [((64, 64), 2), ((256, 256), 4)])
+@pytest.mark.parametrize(("size", "step"), [((64, 64), 2), ((256, 64), 4)])
 def test_the_dense_estimate_begins_copies_at_every_pixel(size, step):
     network = weights.load().network
     image = render_tile(3, 256)[:, : size[0], : size[1]]
@@ -137,8 +138,8 @@ def test_the_dense_estimate_begins_copies_at_every_pixel(size, step):
             sums += pixels * tissue_sums(network, window, 64 * step)
             unweighted += tissue_sums(network, window, 64 * step)
     expected = mean_offset(sums)
-    assert (mean_offset(unweighted) - expected).norm() > 1.5e-4
-    torch.testing.assert_close(NormalizeStain(network).estimate_offset(image, dense=True), expected, atol=5e-5, rtol=0)
+    assert (mean_offset(unweighted) - expected).norm() > 5e-4
+    torch.testing.assert_close(NormalizeStain(network).estimate_offset(image, dense=True), expected, atol=1e-4, rtol=0)
 
 
 def test_the_estimate_does_not_jump_by_one_more_pixel(data):
