@@ -67,7 +67,7 @@ class Slide:
             self._describe(to_srgb, mpp)
         except Exception as error:
             self.close()
-            if isinstance(error, ValueError):
+            if isinstance(error, (ValueError, MemoryError)):
                 raise
             raise ValueError(f"damaged slide ({one_line(error)})") from error
 
@@ -123,6 +123,8 @@ class Slide:
             raise ValueError(f"expected a region of 1 x 1 pixels or more, got {width} x {height}")
         try:
             pixels = self._reader.region(x, y, width, height, level)
+        except MemoryError:
+            raise
         except Exception as error:
             raise ValueError(f"damaged at x = {x}, y = {y} of {width} x {height} pixels: {one_line(error)}") from error
         if pixels[..., 3].min() < 255:

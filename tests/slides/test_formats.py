@@ -59,11 +59,11 @@ def test_a_missing_file_is_an_os_error(tmp_path):
     [
         (
             lambda path: write_ome(path, tissue(200, 200), tissue(600, 600)),
-            "one scan, and first, got 2 images",
+            "one scan, and first, got other images beside it, which would be lost: split it first",
         ),
         (
             lambda path: write_ome(path, tissue(600, 600), tissue(500, 500)),
-            "one scan, and first, got 2 images",
+            "one scan, and first, got other images beside it, which would be lost: split it first",
         ),
         (
             lambda path: tifffile.imwrite(

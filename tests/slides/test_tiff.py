@@ -103,6 +103,77 @@ def test_planes_of_ome_tiff(tmp_path, photometric, options):
     assert np.array_equal(whole(path, level=1), HALF)
 
 
+RED, GREEN, BLUE = -16776961, 16711935, 65535
+
+
+@pytest.mark.parametrize(
+    "channels",
+    [
+        {"Name": ["Blue", "Red", "Green"]},
+        {"Name": ["B", "R", "G"], "Color": [RED, GREEN, BLUE]},
+        {"Name": ["Channel 0", "Channel 1", "Channel 2"], "Color": [BLUE, RED, GREEN]},
+        {"Color": [BLUE, RED, GREEN]},
+    ],
+)
+def test_channels_are_those_that_names_or_colors_say(tmp_path, channels):
+    path = tmp_path / "a.ome.tif"
+    options = {"tile": (128, 128), "photometric": "minisblack"}
+    with tifffile.TiffWriter(path, ome=True) as file:
+        for number, level in enumerate((PIXELS, HALF)):
+            planes = np.moveaxis(level[..., [2, 0, 1]], -1, 0).copy()
+            if number == 0:
+                file.write(planes, metadata={"axes": "CYX", "Channel": channels}, subifds=1, **options)
+            else:
+                file.write(planes, metadata=None, subfiletype=1, **options)
+    assert np.array_equal(whole(path), PIXELS)
+    assert np.array_equal(whole(path, level=1), HALF)
+
+
+@pytest.mark.parametrize("names", [["DAPI", "FITC", "Cy3"], ["Red", "Green", "Cy5"], ["Red", "Red", "Blue"]])
+def test_channels_of_other_names_are_refused(tmp_path, names):
+    path = tmp_path / "a.ome.tif"
+    with tifffile.TiffWriter(path, ome=True) as file:
+        metadata = {"axes": "CYX", "Channel": {"Name": names}}
+        file.write(np.moveaxis(PIXELS, -1, 0).copy(), tile=(128, 128), photometric="minisblack", metadata=metadata)
+    with pytest.raises(ValueError, match=f"expected the channels red, green and blue, got {', '.join(names)}"):
+        Slide(path)
+
+
+def other(height, width):
+    """No smaller copy of ``PIXELS``, of its kind."""
+    out = np.full((height, width, 3), 245, np.uint8)
+    out[height // 3 :, : width // 2] = tissue(height, width)[height // 3 :, : width // 2]
+    return out
+
+
+@pytest.mark.parametrize("size", [(250, 350), (125, 175), (200, 280), (200, 200), (240, 100)])
+def test_another_scan_is_not_lost(tmp_path, size):
+    path = write(tmp_path / "a.tif", PIXELS, other(*size), flag=False)
+    with pytest.raises(ValueError, match="expected one scan, got other images beside it, which would be lost"):
+        Slide(path)
+
+
+def test_several_smaller_scans_are_not_lost(tmp_path):
+    path = write(tmp_path / "a.tif", PIXELS, *[np.ascontiguousarray(PIXELS[:200, :280])] * 2, flag=False)
+    with pytest.raises(ValueError, match="expected one scan, got other images beside it"):
+        Slide(path)
+
+
+@pytest.mark.parametrize("steps", [(2, 4, 8), (4, 16), (2, 16), (5,), (40,)])
+def test_smaller_copies_without_a_flag_are_no_other_scans(tmp_path, steps):
+    image = Image.fromarray(PIXELS)
+    levels = [np.asarray(image.resize((700 // step, 500 // step), Image.Resampling.BOX)) for step in steps]
+    path = write(tmp_path / "a.tif", PIXELS, *levels, flag=False, compression="jpeg")
+    with Slide(path) as slide:
+        assert slide.dimensions == (700, 500)
+
+
+def test_copies_are_told_where_tiles_are_damaged_or_missing(tmp_path):
+    path = without_tiles(write(tmp_path / "a.tif", compression="zlib", flag=False), 0, 1, 2)
+    with Slide(damage(path, level=0, tile=7)) as slide:
+        assert len(slide.level_dimensions) == 2
+
+
 def test_three_channels_of_fluorescence_are_not_rgb(tmp_path):
     path = tmp_path / "a.ome.tif"
     with tifffile.TiffWriter(path, ome=True) as file:
@@ -293,6 +364,14 @@ def test_a_disk_that_fails_is_no_damage(tmp_path, monkeypatch):
     with Slide(write(tmp_path / "a.tif"), skip_damaged=True) as slide:
         monkeypatch.setattr(slide._reader._levels[0], "_read", Mock(side_effect=OSError(5, "Input/output error")))
         with pytest.raises(ValueError, match="Input/output error"):
+            slide.read(0, 0, 10, 10)
+        assert slide.damaged == []
+
+
+def test_memory_that_is_missing_is_no_damage(tmp_path, monkeypatch):
+    with Slide(write(tmp_path / "a.tif"), skip_damaged=True) as slide:
+        monkeypatch.setattr(slide._reader._levels[0], "_decode", Mock(side_effect=MemoryError("Unable to allocate")))
+        with pytest.raises(MemoryError, match="Unable to allocate"):
             slide.read(0, 0, 10, 10)
         assert slide.damaged == []
 
