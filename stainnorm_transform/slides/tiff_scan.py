@@ -116,8 +116,11 @@ def check_rgb(page: Any, channels: int, is_split: bool = False) -> None:
         is_split: whether the page is that of one channel.
     """
     bits = page.bitspersample
+    if page.photometric.name == "PALETTE":
+        raise ValueError("expected 8-bit RGB, got a palette: convert it to RGB")
     if channels not in (3, 4) or bits != 8 or page.dtype != np.uint8:
-        raise ValueError(f"expected 8-bit RGB, got {bits} bits and {channels} channel{'s' * (channels > 1)}")
+        kind = f" ({page.dtype})" if bits == 8 and page.dtype not in (None, np.uint8) else ""
+        raise ValueError(f"expected 8-bit RGB, got {bits} bits{kind} and {channels} channel{'s' * (channels > 1)}")
     if page.photometric.name not in (("MINISBLACK",) if is_split else ("RGB", "YCBCR")):
         raise ValueError(f"expected RGB, got color model {page.photometric.name}")
 

@@ -28,6 +28,20 @@ from stainnorm_transform.slides.formats import without_parts
             lambda path: tifffile.imwrite(path, np.zeros((256, 256, 3), np.uint16), tile=(64, 64), photometric="rgb"),
             "8-bit RGB, got 16 bits and 3 channels",
         ),
+        (
+            lambda path: tifffile.imwrite(path, np.zeros((256, 256, 3), np.int8), tile=(64, 64), photometric="rgb"),
+            r"8-bit RGB, got 8 bits \(int8\) and 3 channels",
+        ),
+        (
+            lambda path: tifffile.imwrite(
+                path,
+                np.zeros((256, 256), np.uint8),
+                tile=(64, 64),
+                photometric="palette",
+                colormap=np.zeros((3, 256), np.uint16),
+            ),
+            "8-bit RGB, got a palette: convert it to RGB",
+        ),
         (lambda path: path.mkdir(), "expected a regular file"),
         (lambda path: path.write_bytes(b""), "an empty file"),
     ],

@@ -331,8 +331,7 @@ def test_skipped_parts_are_white_and_listed(tmp_path, kind):
     with path.open("r+b") as file:
         file.seek(place)
         file.write(b"\xff" * 50)
-    # OpenSlide does not say which tile it was: parts of 256 pixels that it touches.
-    expected = {"Aperio": [(0, 0, 256, 256), (256, 0, 256, 256)], "strips": [(0, 50, 700, 50)]}
+    expected = {"Aperio": [(240, 0, 240, 240)], "strips": [(0, 50, 700, 50)]}
     expected = expected.get(kind, [(128, 0, 128, 128)])
     with Slide(path) as slide, pytest.raises(ValueError, match="damaged at x = 0, y = 0"):
         slide.read(0, 0, 700, 500)
@@ -397,6 +396,8 @@ def test_a_tile_is_decoded_once(tmp_path, monkeypatch):
         ({"resolution": (20_000, 40_000), "resolutionunit": "centimeter"}, (0.5, 0.25)),
         ({"resolution": (50_800, 50_800), "resolutionunit": "inch"}, (0.5, 0.5)),
         ({"resolution": (300, 300), "resolutionunit": "inch"}, None),  # for print
+        ({"resolution": (2400, 2400), "resolutionunit": "inch"}, None),
+        ({"resolution": (500, 500), "resolutionunit": "centimeter"}, (20, 20)),
         ({"resolution": (2, 2), "resolutionunit": "none"}, None),
         ({}, None),
     ],
@@ -404,6 +405,91 @@ def test_a_tile_is_decoded_once(tmp_path, monkeypatch):
 def test_resolution_by_tags(tmp_path, options, mpp):
     with Slide(write(tmp_path / "a.tif", PIXELS, **options)) as slide:
         assert slide.mpp == (None if mpp is None else pytest.approx(mpp))
+
+
+def retag(path, name, code=None, kind=None, count=None, value=None, pages=(0,)):
+    """Changes a tag of a little-endian TIFF: its code, type, count, or value of up to 4 bytes."""
+    with tifffile.TiffFile(path) as tiff:
+        tags = [tiff.pages[page].tags[name] for page in pages]
+    with path.open("r+b") as file:
+        for tag in tags:
+            file.seek(tag.offset)
+            old = struct.unpack("<HHI4s", file.read(12))
+            new = [old[i] if given is None else given for i, given in enumerate((code, kind, count))]
+            file.seek(tag.offset)
+            file.write(struct.pack("<HHI", *new) + (old[3] if value is None else struct.pack("<I", value)))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("XResolution", {"kind": 11, "count": 1, "value": 0x3F800000}),  # a float
+        ("XResolution", {"kind": 4, "count": 1, "value": 4}),
+        ("YResolution", {"kind": 2, "count": 4, "value": 0x00616161}),  # text
+        ("XResolution", {"count": 2}),
+        ("ResolutionUnit", {"kind": 2, "count": 4, "value": 0x00616161}),
+    ],
+)
+def test_a_resolution_of_another_type_is_none(tmp_path, name, change):
+    path = write(tmp_path / "a.tif", PIXELS, resolution=(20_000, 20_000), resolutionunit="centimeter", byteorder="<")
+    with Slide(retag(path, name, **change)) as slide:
+        assert slide.mpp is None
+
+
+@pytest.mark.parametrize("compression", [None, "packbits"])
+def test_a_predictor_counts_only_where_libtiff_follows_it(tmp_path, compression):
+    path = write(tmp_path / "a.tif", compression=compression, software="x", byteorder="<")
+    retag(path, "Software", code=317, kind=3, count=1, value=2, pages=(0, 1))
+    assert np.array_equal(by_openslide(path), PIXELS)
+    assert np.array_equal(whole(path), PIXELS)
+    assert np.array_equal(whole(path, level=1), HALF)
+
+
+def test_bits_in_reverse(tmp_path):
+    reverse = np.array([int(f"{value:08b}"[::-1], 2) for value in range(256)], np.uint8)
+    for options in ({"tile": None, "rowsperstrip": 500}, {}):
+        path = write(tmp_path / "a.tif", reverse[PIXELS], reverse[HALF], software="x", byteorder="<", **options)
+        retag(path, "Software", code=266, kind=3, count=1, value=2, pages=(0, 1))
+        with Image.open(path) as image:
+            assert np.array_equal(np.asarray(image), PIXELS)
+        assert np.array_equal(whole(path), PIXELS)
+
+
+def test_a_strip_that_is_shorter_than_its_image_is_damaged(tmp_path):
+    path = write(tmp_path / "a.tif", tile=None, rowsperstrip=500, byteorder="<")
+    retag(path, "StripByteCounts", value=700 * 3 * 150)
+    with (
+        Slide(path) as slide,
+        pytest.raises(ValueError, match="damaged at x = 0, y = 130 of 10 x 30 pixels: its strip of 315000 bytes ends"),
+    ):
+        slide.read(0, 130, 10, 30)
+    found = whole(path, skip_damaged=True)
+    assert np.array_equal(found[:128], PIXELS[:128])
+    assert (found[128:] == 255).all()
+
+
+@pytest.mark.parametrize("number", [22610, 34934])
+def test_jpeg_xr_whose_damage_nobody_finds_is_not_supported(tmp_path, number):
+    path = write(tmp_path / "a.tif", PIXELS)
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        tiff.pages[0].tags["Compression"].overwrite(number)
+    with pytest.raises(ValueError, match=r"^not supported: TIFF compression JPEGXR\w*; convert it"):
+        Slide(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("ImageWidth", {"value": 0}, "damaged: an image of 0 x 500 pixels"),
+        ("TileByteCounts", {"count": 20}, "damaged: it lists fewer tiles than the 24 it has"),
+        ("TileOffsets", {"count": 20}, "damaged: it lists fewer tiles than the 24 it has"),
+    ],
+)
+def test_what_contradicts_itself_is_damaged(tmp_path, name, change, message):
+    path = write(tmp_path / "a.tif", PIXELS, byteorder="<")
+    with pytest.raises(ValueError, match=message):
+        Slide(retag(path, name, **change))
 
 
 def test_a_resolution_of_0_0_is_none(tmp_path):
