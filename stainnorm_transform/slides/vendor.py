@@ -31,7 +31,10 @@ class OpenSlideReader:
         level_dimensions: (width, height) of each level in pixels, the largest first.
         level_downsamples: how many pixels of level 0 one of each level stands for, a side.
         metadata: what the file says of itself.
+        is_plain: as of ``TiffReader``.
     """
+
+    is_plain = False
 
     def __init__(self, path: Path, icc_profile: bytes | None = None, skip_damaged: bool = False) -> None:
         self._path = path
