@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,10 @@ from stainnorm_transform.transform import NormalizeStain
 
 # Of the damaged parts of a slide, so many are named.
 NAMED = 5
+# What is said of a label mask.
+_COPIED = "few flat colors, as in a label mask: copied as it is"
+# The middle of a TIFF, of so many pixels a side, tells nearly every scan from a label mask.
+_MIDDLE = 256
 # Told how many more pixels of a slide are done, and of how many.
 Progress = Callable[[int, int], object]
 
@@ -118,6 +123,9 @@ class FileNormalizer:
         with Slide(path, chosen.to_srgb, chosen.mpp, chosen.skip_damaged) as slide:
             total = slide.dimensions[0] * slide.dimensions[1]
             progress(0, total)
+            if _is_mask(slide):
+                progress(total, total)
+                return self._copied(source, path, output)
             fixed, tiles = slide_normalizer(slide, transform, threads)
             offset = _finite(fixed.estimate_offset(torch.zeros(3, 1, 1, dtype=torch.uint8)))
             with replacing(output) as temporary:
@@ -138,12 +146,19 @@ class FileNormalizer:
 
     def _image(self, transform: NormalizeStain, source: Source, path: Path, output: Path) -> str | None:
         image = images.read(path)
-        is_mask = images.is_mask(image)
-        content, a, b = (path.read_bytes(), 0.0, 0.0) if is_mask else _normalized(transform, image, output.suffix)
+        if images.is_mask(image):
+            return self._copied(source, path, output)
+        content, a, b = _normalized(transform, image, output.suffix)
         with replacing(output) as temporary:
             temporary.write_bytes(content)
             self.record.add(source, output, a, b, temporary)
-        return "few flat colors, as in a label mask: copied as it is" if is_mask else None
+        return None
+
+    def _copied(self, source: Source, path: Path, output: Path) -> str:
+        with replacing(output) as temporary:
+            shutil.copyfile(path, temporary)
+            self.record.add(source, output, 0.0, 0.0, temporary)
+        return _COPIED
 
     def _transform_of(self, path: Path) -> NormalizeStain:
         if self.settings.offsets is None:
@@ -163,6 +178,18 @@ class FileNormalizer:
             if self.settings.mpp is not None:
                 how += f" mpp {self.settings.mpp}"
         return how
+
+
+def _is_mask(slide: Slide) -> bool:
+    """Whether a slide is a label mask: a TIFF of not too many pixels, in which nothing tells who the patient is."""
+    width, height = slide.dimensions
+    if not slide.is_plain_tiff or width * height >= formats.SLIDE_PIXELS:
+        return False
+    side = min(_MIDDLE, width), min(_MIDDLE, height)
+    middle = Image.fromarray(slide.pixels((width - side[0]) // 2, (height - side[1]) // 2, *side)[..., :3])
+    if middle.getcolors(images.MASK_COLORS) is None:
+        return False
+    return images.is_mask(Image.fromarray(slide.pixels(0, 0, width, height)[..., :3]))
 
 
 def _normalized(transform: NormalizeStain, image: Image.Image, suffix: str) -> tuple[bytes, float, float]:

@@ -46,7 +46,8 @@ class SlideTiles(Dataset[dict[str, Any]]):
         level: that tiles are read from.
 
     Raises:
-        ValueError: there is no such level, or ``mpp`` is asked for of a slide that has none; and as for ``Slide``.
+        ValueError: there is no such level, or ``mpp`` is asked for of a slide that has none; and as for ``Slide``. Of a
+            tile: it is damaged, or the file has changed since.
 
     Example::
 
@@ -71,8 +72,9 @@ class SlideTiles(Dataset[dict[str, Any]]):
             raise ValueError(f"expected a share of tissue in [0, 1], got {min_tissue}")
         if level and mpp is not None:
             raise ValueError(f"expected a level or an mpp, got both: {level} and {mpp}")
-        self.path, self.side, self.to_srgb = Path(path), side, to_srgb
-        with Slide(path, to_srgb) as slide:
+        self.path, self.side, self.to_srgb = Path(path).absolute(), side, to_srgb
+        self._version = _version(self.path.stat())
+        with Slide(self.path, to_srgb) as slide:
             self._choose(slide, normalize, level, mpp, min_tissue)
 
     def _choose(
@@ -120,10 +122,18 @@ class SlideTiles(Dataset[dict[str, Any]]):
         return {"image": image.contiguous(), "x": x, "y": y, "level": self.level}
 
     def _slide(self) -> Slide:
-        return _open(os.getpid(), self.path, self.to_srgb)
+        found = self.path.stat()
+        if _version(found) != self._version:
+            raise ValueError("the file has changed since this dataset was made: make it again")
+        return _open(os.getpid(), self.path, (found.st_dev, found.st_ino, *self._version), self.to_srgb)
 
 
-# A fork must not read by the handles of its parent.
+def _version(found: os.stat_result) -> tuple[int, int]:
+    """Size and time of a file, which are the same on other machines, unlike its number."""
+    return found.st_size, found.st_mtime_ns
+
+
+# A fork must not read by the handles of its parent, nor anyone by those of a file that was replaced.
 @functools.lru_cache(maxsize=OPEN_SLIDES)
-def _open(process: int, path: Path, to_srgb: bool) -> Slide:
+def _open(process: int, path: Path, file: tuple[int, ...], to_srgb: bool) -> Slide:
     return Slide(path, to_srgb)

@@ -6,8 +6,9 @@ OpenSlide does, if they are of a scanner's format, and else tifffile: ``pip inst
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ UNREAD = {
 }
 # What to convert them to.
 ADVICE = "to OME-TIFF or DICOM, by QuPath, bfconvert or the scanner's own program"
+# A scan, its levels and other images are far fewer.
+_MOST_PAGES = 10_000
 # A TIFF in strips is a slide from this many pixels on.
 SLIDE_PIXELS = 1 << 26
 Reader = OpenSlideReader | TiffReader
@@ -77,7 +80,7 @@ def _is_slide_tiff(path: Path) -> bool:
     with silent(), tifffile.TiffFile(path) as file:
         if openslide.OpenSlide.detect_format(path) not in (None, "generic-tiff"):
             return True
-        if any(page.is_tiled for page in file.pages) or any(len(series.levels) > 1 for series in file.series):
+        if any(page.is_tiled for page in _in_turn(file)) or any(len(series.levels) > 1 for series in file.series):
             return True
         scan = the_scan(file)
         return len(scan.pages) > 1 or scan.keyframe.imagewidth * scan.keyframe.imagelength >= SLIDE_PIXELS
@@ -192,15 +195,31 @@ def _open(path: Path, skip_damaged: bool) -> Reader:
 def _pages(file: Any) -> list[Any]:
     """All pages of a TIFF, of which none may be damaged or have tiles that are too large."""
     try:
-        pages = [page.aspage() for page in file.pages]
+        pages = [page.aspage() for page in itertools.islice(_in_turn(file), _MOST_PAGES + 1)]
     except Exception as error:
         raise ValueError(f"a damaged or truncated TIFF ({one_line(error)})") from error
+    if len(pages) > _MOST_PAGES:
+        raise ValueError(f"not supported: a TIFF of more than {_MOST_PAGES} pages")
     if not pages or not file.series:
         raise ValueError("a damaged or truncated TIFF, in which no image is found")
     for page in pages:
         if page.is_tiled:
             check_tile(page.tilewidth, page.tilelength)
     return pages
+
+
+def _in_turn(file: Any) -> Iterator[Any]:
+    """The pages of a TIFF, each read when it is asked for.
+
+    Raises:
+        ValueError: one names an earlier one as the next, where tifffile would go round for ever.
+    """
+    seen: set[int] = set()
+    for page in file.pages:
+        if page.offset in seen:
+            raise ValueError("its pages form a circle")
+        seen.add(page.offset)
+        yield page
 
 
 def _check_end(file: Any) -> None:

@@ -13,8 +13,10 @@ _MICROMETERS = {"nm": 1e-3, "µm": 1.0, "um": 1.0, "micron": 1.0, "microns": 1.0
 # What is outside is no resolution of a slide.
 _MPP = (0.01, 1000.0)
 # Programs write resolutions of screens and paper, such as 300 dots an inch, into TIFFs that have none.
-_COARSEST_BY_TAGS = 25.0
-_TIFF_UNITS = {2: 25_400.0, 3: 10_000.0}  # micrometers
+# Those are in dots an inch, up to 2400.
+_COARSEST_BY_TAGS, _COARSEST_BY_INCH = 25.0, 10.0
+_INCH = 2
+_TIFF_UNITS = {_INCH: 25_400.0, 3: 10_000.0}  # micrometers
 
 
 class Metadata(NamedTuple):
@@ -72,14 +74,19 @@ def _plausible(x: float | None, y: float | None) -> tuple[float, float] | None:
 
 def _tiff_resolution(file: Any, page: Any) -> list[float | None]:
     """Micrometers a pixel, in x and y, by the tags of a TIFF."""
-    unit = _TIFF_UNITS.get(int(page.tags.valueof("ResolutionUnit", 2)))
+    number = page.tags.valueof("ResolutionUnit", _INCH)
+    unit = _TIFF_UNITS.get(number) if isinstance(number, int) else None
+    coarsest = _COARSEST_BY_INCH if number == _INCH else _COARSEST_BY_TAGS
     if file.is_imagej:
+        coarsest = _COARSEST_BY_TAGS
         unit = _MICROMETERS.get(str((file.imagej_metadata or {}).get("unit")))
     mpp: list[float | None] = []
     for axis in "XY":
-        count, per = page.tags.valueof(f"{axis}Resolution", (0, 1))
-        size = per / count * unit if unit and count and per else None
-        mpp.append(size if size and size <= _COARSEST_BY_TAGS else None)
+        match page.tags.valueof(f"{axis}Resolution"):
+            case (int(count), int(per)) if unit and count and per and per / count * unit <= coarsest:
+                mpp.append(per / count * unit)
+            case _:
+                mpp.append(None)
     return mpp
 
 

@@ -45,6 +45,7 @@ class Slide:
         mpp: (x, y) micrometers a pixel, or None where the slide does not say.
         objective: magnification of the objective, or None.
         icc_profile: of the colors that are read, or None.
+        is_plain_tiff: whether it is a TIFF of no scanner's format, without other images beside the scan.
 
     Raises:
         ImportError: OpenSlide, tifffile or imagecodecs is not installed.
@@ -67,7 +68,7 @@ class Slide:
             self._describe(to_srgb, mpp)
         except Exception as error:
             self.close()
-            if isinstance(error, ValueError):
+            if isinstance(error, (ValueError, MemoryError)):
                 raise
             raise ValueError(f"damaged slide ({one_line(error)})") from error
 
@@ -75,6 +76,7 @@ class Slide:
         self.level_dimensions = self._reader.level_dimensions
         self.level_downsamples = self._reader.level_downsamples
         self.dimensions = self.level_dimensions[0]
+        self.is_plain_tiff = self._reader.is_plain
         self.mpp, self.objective, self._background, self.icc_profile = self._reader.metadata
         if mpp is not None:
             self.mpp = _agreed(self.mpp, mpp)
@@ -123,6 +125,8 @@ class Slide:
             raise ValueError(f"expected a region of 1 x 1 pixels or more, got {width} x {height}")
         try:
             pixels = self._reader.region(x, y, width, height, level)
+        except MemoryError:
+            raise
         except Exception as error:
             raise ValueError(f"damaged at x = {x}, y = {y} of {width} x {height} pixels: {one_line(error)}") from error
         if pixels[..., 3].min() < 255:

@@ -10,7 +10,8 @@ from PIL import Image
 
 from stainnorm_transform.slides.metadata import of_tiff
 from stainnorm_transform.slides.tables import Pixels
-from stainnorm_transform.slides.tiff_scan import the_scan
+from stainnorm_transform.slides.tiff_copies import is_copy
+from stainnorm_transform.slides.tiff_scan import channel_order, name_of, other_images, the_scan, unmarked
 from stainnorm_transform.slides.tiff_tiles import TILE_PIXELS, Level
 
 _ORIENTATION = 274
@@ -28,6 +29,7 @@ class TiffReader:
         level_dimensions: (width, height) of each level in pixels, the largest first.
         level_downsamples: how many pixels of level 0 one of each level stands for, a side.
         metadata: what the file says of itself.
+        is_plain: whether it is of no scanner's format, and holds nothing but the scan.
 
     Raises:
         ValueError: it is not 8-bit RGB, not supported, or more than one image.
@@ -40,12 +42,17 @@ class TiffReader:
         lock = threading.Lock()
         scan = the_scan(file)
         self._scan = scan.index
-        self._levels = [Level(file, [page.aspage() for page in level.pages], lock) for level in scan.levels]
+        order = channel_order(file.ome_metadata, len(scan.pages)) if len(scan.pages) > 1 else [0]
+        self._levels = [Level(file, [level.pages[i].aspage() for i in order], lock) for level in scan.levels]
+        for pages in unmarked(file, scan):
+            if not is_copy(Level(file, pages, lock), self._levels):
+                raise other_images(file)
         page = scan.keyframe.aspage()
         self._turn = _Turn(page.tags.valueof(_ORIENTATION, 1))
         self.level_dimensions = [self._turn.size(level.width, level.height) for level in self._levels]
         width, height = self.level_dimensions[0]
         self.level_downsamples = [(width / w + height / h) / 2 for w, h in self.level_dimensions]
+        self.is_plain = len(file.series) == 1 and not page.is_svs
         self.metadata = of_tiff(file, page, self._turn.is_transposed)
 
     def close(self) -> None:
@@ -81,7 +88,7 @@ class TiffReader:
         found = {}
         for series in self._file.series:
             page = series.keyframe
-            name = next((word for word in ("thumbnail", "label", "macro") if word in series.name.lower()), None)
+            name = name_of(series)
             if name and series.index != self._scan and page.imagewidth * page.imagelength <= TILE_PIXELS:
                 found[name] = Image.fromarray(np.squeeze(series.asarray()))
         return found
@@ -90,8 +97,8 @@ class TiffReader:
         try:
             return self._levels[level].tile(column, row)
         except Exception as error:
-            # A disk or network that fails is no damage of the slide.
-            if not self._skip_damaged or isinstance(error, OSError):
+            # A disk or network that fails, or memory, is no damage of the slide.
+            if not self._skip_damaged or isinstance(error, (OSError, MemoryError)):
                 raise
             if level == 0:
                 self._skipped.add((column, row))

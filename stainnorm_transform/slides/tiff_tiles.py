@@ -27,7 +27,11 @@ _KEPT_BYTES = 8 << 20, 256 << 20
 _ROWS = 64
 # None, LZW, Deflate (twice), PackBits, LZMA, Zstandard: what they give is in the color model that the page names.
 _GENERAL = frozenset({1, 5, 8, 32946, 32773, 34925, 50000})
+# LZW, Deflate (twice), LZMA, Zstandard: what a predictor may have been used with.
+_PREDICTED = frozenset({5, 8, 32946, 34925, 50000})
 _JPEG_2000_YCBCR = 33003
+# Its decoder gives black, and no error, for data that is cut.
+_JPEG_XR = frozenset({22610, 34934})
 # What may follow 0xFF in the data of a JPEG scan, besides what is no marker there.
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 _JPEG_END = 0xD9
@@ -59,12 +63,19 @@ class Level:
 
         self._file, self._file_lock = file.filehandle, lock
         page = self._page = pages[0]
-        if page.compression not in tifffile.TIFF.DECOMPRESSORS:
+        if page.compression not in tifffile.TIFF.DECOMPRESSORS or page.compression in _JPEG_XR:
             name = getattr(page.compression, "name", page.compression)
             raise ValueError(f"not supported: TIFF compression {name}; {CONVERT}")
+        if page.compression not in _PREDICTED:
+            # As libtiff, which writes the tag for others, but follows it for these only.
+            for each in pages:
+                each.predictor = tifffile.PREDICTOR.NONE
         self.width, self.height = page.imagewidth, page.imagelength
+        if self.width < 1 or self.height < 1:
+            raise ValueError(f"damaged: an image of {self.width} x {self.height} pixels")
         is_apart = page.samplesperpixel > 1 and page.planarconfig == tifffile.PLANARCONFIG.SEPARATE
-        is_plain = page.compression == tifffile.COMPRESSION.NONE and not is_apart and len(pages) == 1
+        is_plain = page.compression == tifffile.COMPRESSION.NONE and page.fillorder == 1
+        is_plain = is_plain and not is_apart and len(pages) == 1
         self._is_one_strip = is_plain and not page.is_tiled and len(page.dataoffsets) == 1
         if page.is_tiled:
             self.tile_width, self.tile_height = page.tilewidth, page.tilelength
@@ -77,6 +88,11 @@ class Level:
         self._planes = [(each, 0) for each in pages]
         if is_apart:
             self._planes = [(page, number * self.columns * self.rows) for number in range(page.samplesperpixel)]
+        tiles = (self._planes[-1][1] if is_apart else 0) + self.columns * self.rows
+        if not self._is_one_strip and any(
+            min(len(each.dataoffsets), len(each.databytecounts)) < tiles for each in pages
+        ):
+            raise ValueError(f"damaged: it lists fewer tiles than the {tiles} it has")
         self._is_jpeg = page.compression == tifffile.COMPRESSION.JPEG
         is_ycbcr = page.photometric == tifffile.PHOTOMETRIC.YCBCR and page.compression in _GENERAL
         self._is_ycbcr = is_ycbcr or page.compression == _JPEG_2000_YCBCR
@@ -142,11 +158,16 @@ class Level:
             planes.append(page.decode(data, number, jpegtables=page.jpegtables)[0][0])
         return self._in_rgb(np.concatenate(planes, axis=-1) if len(planes) > 1 else planes[0])
 
-    def _rows(self, row: int) -> Pixels:
+    def _rows(self, row: int) -> Pixels | None:
+        offset, size = self._page.dataoffsets[0], self._page.databytecounts[0]
+        if not offset or not size:
+            return None
         _, top, width, height = self.place(0, row)
         shape = height, width, self._page.samplesperpixel
         step = width * shape[2]
-        data = self._read(self._page.dataoffsets[0] + top * step, height * step)
+        if size < (top + height) * step:
+            raise ValueError(f"its strip of {size} bytes ends before it")
+        data = self._read(offset + top * step, height * step)
         return self._in_rgb(np.frombuffer(data, np.uint8).reshape(shape))
 
     def _read(self, offset: int, size: int) -> bytes:

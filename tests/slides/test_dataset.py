@@ -147,3 +147,28 @@ def test_many_slides_do_not_stay_open(tmp_path, ome):
     images = [dataset[0]["image"] for _ in range(2) for dataset in tiles]
     assert len(os.listdir("/proc/self/fd")) - before <= OPEN_SLIDES
     assert all(torch.equal(image, images[0]) for image in images)
+
+
+def test_a_slide_that_was_replaced_is_read_anew(tmp_path, monkeypatch):
+    pixels = tissue(256, 256)
+    path = make_slide(tmp_path / "a.svs", pixels)
+    monkeypatch.chdir(tmp_path)
+    before = SlideTiles("a.svs", None, side=256, min_tissue=0)
+    assert np.array_equal(before[0]["image"].permute(1, 2, 0), pixels)
+    os.replace(make_slide(tmp_path / "b.svs", 255 - pixels), path)
+    os.utime(path, ns=(1, 1))  # a coarse clock may give both the same time
+    after = SlideTiles("a.svs", None, side=256, min_tissue=0)
+    assert np.array_equal(after[0]["image"].permute(1, 2, 0), 255 - pixels)
+    with pytest.raises(ValueError, match=r"a\.svs: the file has changed since this dataset was made: make it again"):
+        before[0]
+
+
+def test_relative_paths_are_those_of_when_the_dataset_was_made(tmp_path, monkeypatch):
+    pixels = {"x": tissue(256, 256), "y": 255 - tissue(256, 256)}
+    made = {}
+    for name, each in pixels.items():
+        make_slide(tmp_path / name / "a.svs", each)
+        monkeypatch.chdir(tmp_path / name)
+        made[name] = SlideTiles("a.svs", None, side=256, min_tissue=0)
+    for name, each in pixels.items():
+        assert np.array_equal(made[name][0]["image"].permute(1, 2, 0), each)

@@ -28,6 +28,20 @@ from stainnorm_transform.slides.formats import without_parts
             lambda path: tifffile.imwrite(path, np.zeros((256, 256, 3), np.uint16), tile=(64, 64), photometric="rgb"),
             "8-bit RGB, got 16 bits and 3 channels",
         ),
+        (
+            lambda path: tifffile.imwrite(path, np.zeros((256, 256, 3), np.int8), tile=(64, 64), photometric="rgb"),
+            r"8-bit RGB, got 8 bits \(int8\) and 3 channels",
+        ),
+        (
+            lambda path: tifffile.imwrite(
+                path,
+                np.zeros((256, 256), np.uint8),
+                tile=(64, 64),
+                photometric="palette",
+                colormap=np.zeros((3, 256), np.uint16),
+            ),
+            "8-bit RGB, got a palette: convert it to RGB",
+        ),
         (lambda path: path.mkdir(), "expected a regular file"),
         (lambda path: path.write_bytes(b""), "an empty file"),
     ],
@@ -59,11 +73,11 @@ def test_a_missing_file_is_an_os_error(tmp_path):
     [
         (
             lambda path: write_ome(path, tissue(200, 200), tissue(600, 600)),
-            "one scan, and first, got 2 images",
+            "one scan, and first, got other images beside it, which would be lost: split it first",
         ),
         (
             lambda path: write_ome(path, tissue(600, 600), tissue(500, 500)),
-            "one scan, and first, got 2 images",
+            "one scan, and first, got other images beside it, which would be lost: split it first",
         ),
         (
             lambda path: tifffile.imwrite(
@@ -166,3 +180,27 @@ def test_parts_of_a_slide_are_no_images_of_their_own(tmp_path):
     (tmp_path / "a.vms").write_text("[Virtual Microscope Specimen]\nImageFile(1,0)=a(1,0).jpg\nMapFile=a_map.jpg\n")
     found = without_parts(sorted(tmp_path.iterdir()))
     assert [path.name for path in found] == ["a.vms", "b.jpg", "odd.vms"]
+
+
+@pytest.mark.parametrize("tile", [(64, 64), None])
+def test_pages_that_form_a_circle_are_damage_and_end(tmp_path, tile):
+    path = tmp_path / "a.tif"
+    with tifffile.TiffWriter(path) as file:
+        for side in (256, 128):
+            file.write(tissue(side, side), tile=tile, photometric="rgb", metadata=None)
+    with tifffile.TiffFile(path) as tiff:
+        first, end = tiff.pages[0].offset, tiff.pages.next_page_offset
+    with path.open("r+b") as file:
+        file.seek(end)
+        file.write(first.to_bytes(4, sys.byteorder))
+    assert is_slide(path) == (tile is not None)
+    with pytest.raises(ValueError, match=r"a damaged or truncated TIFF \(its pages form a circle\)"):
+        Slide(path)
+
+
+def test_more_pages_than_any_slide_has_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "_MOST_PAGES", 2)
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, np.stack([tissue(64, 64)] * 3), tile=(64, 64), photometric="rgb", metadata=None)
+    with pytest.raises(ValueError, match="not supported: a TIFF of more than 2 pages"):
+        Slide(path)

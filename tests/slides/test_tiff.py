@@ -103,6 +103,77 @@ def test_planes_of_ome_tiff(tmp_path, photometric, options):
     assert np.array_equal(whole(path, level=1), HALF)
 
 
+RED, GREEN, BLUE = -16776961, 16711935, 65535
+
+
+@pytest.mark.parametrize(
+    "channels",
+    [
+        {"Name": ["Blue", "Red", "Green"]},
+        {"Name": ["B", "R", "G"], "Color": [RED, GREEN, BLUE]},
+        {"Name": ["Channel 0", "Channel 1", "Channel 2"], "Color": [BLUE, RED, GREEN]},
+        {"Color": [BLUE, RED, GREEN]},
+    ],
+)
+def test_channels_are_those_that_names_or_colors_say(tmp_path, channels):
+    path = tmp_path / "a.ome.tif"
+    options = {"tile": (128, 128), "photometric": "minisblack"}
+    with tifffile.TiffWriter(path, ome=True) as file:
+        for number, level in enumerate((PIXELS, HALF)):
+            planes = np.moveaxis(level[..., [2, 0, 1]], -1, 0).copy()
+            if number == 0:
+                file.write(planes, metadata={"axes": "CYX", "Channel": channels}, subifds=1, **options)
+            else:
+                file.write(planes, metadata=None, subfiletype=1, **options)
+    assert np.array_equal(whole(path), PIXELS)
+    assert np.array_equal(whole(path, level=1), HALF)
+
+
+@pytest.mark.parametrize("names", [["DAPI", "FITC", "Cy3"], ["Red", "Green", "Cy5"], ["Red", "Red", "Blue"]])
+def test_channels_of_other_names_are_refused(tmp_path, names):
+    path = tmp_path / "a.ome.tif"
+    with tifffile.TiffWriter(path, ome=True) as file:
+        metadata = {"axes": "CYX", "Channel": {"Name": names}}
+        file.write(np.moveaxis(PIXELS, -1, 0).copy(), tile=(128, 128), photometric="minisblack", metadata=metadata)
+    with pytest.raises(ValueError, match=f"expected the channels red, green and blue, got {', '.join(names)}"):
+        Slide(path)
+
+
+def other(height, width):
+    """No smaller copy of ``PIXELS``, of its kind."""
+    out = np.full((height, width, 3), 245, np.uint8)
+    out[height // 3 :, : width // 2] = tissue(height, width)[height // 3 :, : width // 2]
+    return out
+
+
+@pytest.mark.parametrize("size", [(250, 350), (125, 175), (200, 280), (200, 200), (240, 100)])
+def test_another_scan_is_not_lost(tmp_path, size):
+    path = write(tmp_path / "a.tif", PIXELS, other(*size), flag=False)
+    with pytest.raises(ValueError, match="expected one scan, got other images beside it, which would be lost"):
+        Slide(path)
+
+
+def test_several_smaller_scans_are_not_lost(tmp_path):
+    path = write(tmp_path / "a.tif", PIXELS, *[np.ascontiguousarray(PIXELS[:200, :280])] * 2, flag=False)
+    with pytest.raises(ValueError, match="expected one scan, got other images beside it"):
+        Slide(path)
+
+
+@pytest.mark.parametrize("steps", [(2, 4, 8), (4, 16), (2, 16), (5,), (40,)])
+def test_smaller_copies_without_a_flag_are_no_other_scans(tmp_path, steps):
+    image = Image.fromarray(PIXELS)
+    levels = [np.asarray(image.resize((700 // step, 500 // step), Image.Resampling.BOX)) for step in steps]
+    path = write(tmp_path / "a.tif", PIXELS, *levels, flag=False, compression="jpeg")
+    with Slide(path) as slide:
+        assert slide.dimensions == (700, 500)
+
+
+def test_copies_are_told_where_tiles_are_damaged_or_missing(tmp_path):
+    path = without_tiles(write(tmp_path / "a.tif", compression="zlib", flag=False), 0, 1, 2)
+    with Slide(damage(path, level=0, tile=7)) as slide:
+        assert len(slide.level_dimensions) == 2
+
+
 def test_three_channels_of_fluorescence_are_not_rgb(tmp_path):
     path = tmp_path / "a.ome.tif"
     with tifffile.TiffWriter(path, ome=True) as file:
@@ -260,8 +331,7 @@ def test_skipped_parts_are_white_and_listed(tmp_path, kind):
     with path.open("r+b") as file:
         file.seek(place)
         file.write(b"\xff" * 50)
-    # OpenSlide does not say which tile it was: parts of 256 pixels that it touches.
-    expected = {"Aperio": [(0, 0, 256, 256), (256, 0, 256, 256)], "strips": [(0, 50, 700, 50)]}
+    expected = {"Aperio": [(240, 0, 240, 240)], "strips": [(0, 50, 700, 50)]}
     expected = expected.get(kind, [(128, 0, 128, 128)])
     with Slide(path) as slide, pytest.raises(ValueError, match="damaged at x = 0, y = 0"):
         slide.read(0, 0, 700, 500)
@@ -297,6 +367,14 @@ def test_a_disk_that_fails_is_no_damage(tmp_path, monkeypatch):
         assert slide.damaged == []
 
 
+def test_memory_that_is_missing_is_no_damage(tmp_path, monkeypatch):
+    with Slide(write(tmp_path / "a.tif"), skip_damaged=True) as slide:
+        monkeypatch.setattr(slide._reader._levels[0], "_decode", Mock(side_effect=MemoryError("Unable to allocate")))
+        with pytest.raises(MemoryError, match="Unable to allocate"):
+            slide.read(0, 0, 10, 10)
+        assert slide.damaged == []
+
+
 def test_a_tile_is_decoded_once(tmp_path, monkeypatch):
     path = write(tmp_path / "a.tif", PIXELS, compression="zlib", tile=None, rowsperstrip=100)
     decoded = []
@@ -318,6 +396,8 @@ def test_a_tile_is_decoded_once(tmp_path, monkeypatch):
         ({"resolution": (20_000, 40_000), "resolutionunit": "centimeter"}, (0.5, 0.25)),
         ({"resolution": (50_800, 50_800), "resolutionunit": "inch"}, (0.5, 0.5)),
         ({"resolution": (300, 300), "resolutionunit": "inch"}, None),  # for print
+        ({"resolution": (2400, 2400), "resolutionunit": "inch"}, None),
+        ({"resolution": (500, 500), "resolutionunit": "centimeter"}, (20, 20)),
         ({"resolution": (2, 2), "resolutionunit": "none"}, None),
         ({}, None),
     ],
@@ -325,6 +405,91 @@ def test_a_tile_is_decoded_once(tmp_path, monkeypatch):
 def test_resolution_by_tags(tmp_path, options, mpp):
     with Slide(write(tmp_path / "a.tif", PIXELS, **options)) as slide:
         assert slide.mpp == (None if mpp is None else pytest.approx(mpp))
+
+
+def retag(path, name, code=None, kind=None, count=None, value=None, pages=(0,)):
+    """Changes a tag of a little-endian TIFF: its code, type, count, or value of up to 4 bytes."""
+    with tifffile.TiffFile(path) as tiff:
+        tags = [tiff.pages[page].tags[name] for page in pages]
+    with path.open("r+b") as file:
+        for tag in tags:
+            file.seek(tag.offset)
+            old = struct.unpack("<HHI4s", file.read(12))
+            new = [old[i] if given is None else given for i, given in enumerate((code, kind, count))]
+            file.seek(tag.offset)
+            file.write(struct.pack("<HHI", *new) + (old[3] if value is None else struct.pack("<I", value)))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("XResolution", {"kind": 11, "count": 1, "value": 0x3F800000}),  # a float
+        ("XResolution", {"kind": 4, "count": 1, "value": 4}),
+        ("YResolution", {"kind": 2, "count": 4, "value": 0x00616161}),  # text
+        ("XResolution", {"count": 2}),
+        ("ResolutionUnit", {"kind": 2, "count": 4, "value": 0x00616161}),
+    ],
+)
+def test_a_resolution_of_another_type_is_none(tmp_path, name, change):
+    path = write(tmp_path / "a.tif", PIXELS, resolution=(20_000, 20_000), resolutionunit="centimeter", byteorder="<")
+    with Slide(retag(path, name, **change)) as slide:
+        assert slide.mpp is None
+
+
+@pytest.mark.parametrize("compression", [None, "packbits"])
+def test_a_predictor_counts_only_where_libtiff_follows_it(tmp_path, compression):
+    path = write(tmp_path / "a.tif", compression=compression, software="x", byteorder="<")
+    retag(path, "Software", code=317, kind=3, count=1, value=2, pages=(0, 1))
+    assert np.array_equal(by_openslide(path), PIXELS)
+    assert np.array_equal(whole(path), PIXELS)
+    assert np.array_equal(whole(path, level=1), HALF)
+
+
+def test_bits_in_reverse(tmp_path):
+    reverse = np.array([int(f"{value:08b}"[::-1], 2) for value in range(256)], np.uint8)
+    for options in ({"tile": None, "rowsperstrip": 500}, {}):
+        path = write(tmp_path / "a.tif", reverse[PIXELS], reverse[HALF], software="x", byteorder="<", **options)
+        retag(path, "Software", code=266, kind=3, count=1, value=2, pages=(0, 1))
+        with Image.open(path) as image:
+            assert np.array_equal(np.asarray(image), PIXELS)
+        assert np.array_equal(whole(path), PIXELS)
+
+
+def test_a_strip_that_is_shorter_than_its_image_is_damaged(tmp_path):
+    path = write(tmp_path / "a.tif", tile=None, rowsperstrip=500, byteorder="<")
+    retag(path, "StripByteCounts", value=700 * 3 * 150)
+    with (
+        Slide(path) as slide,
+        pytest.raises(ValueError, match="damaged at x = 0, y = 130 of 10 x 30 pixels: its strip of 315000 bytes ends"),
+    ):
+        slide.read(0, 130, 10, 30)
+    found = whole(path, skip_damaged=True)
+    assert np.array_equal(found[:128], PIXELS[:128])
+    assert (found[128:] == 255).all()
+
+
+@pytest.mark.parametrize("number", [22610, 34934])
+def test_jpeg_xr_whose_damage_nobody_finds_is_not_supported(tmp_path, number):
+    path = write(tmp_path / "a.tif", PIXELS)
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        tiff.pages[0].tags["Compression"].overwrite(number)
+    with pytest.raises(ValueError, match=r"^not supported: TIFF compression JPEGXR\w*; convert it"):
+        Slide(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("ImageWidth", {"value": 0}, "damaged: an image of 0 x 500 pixels"),
+        ("TileByteCounts", {"count": 20}, "damaged: it lists fewer tiles than the 24 it has"),
+        ("TileOffsets", {"count": 20}, "damaged: it lists fewer tiles than the 24 it has"),
+    ],
+)
+def test_what_contradicts_itself_is_damaged(tmp_path, name, change, message):
+    path = write(tmp_path / "a.tif", PIXELS, byteorder="<")
+    with pytest.raises(ValueError, match=message):
+        Slide(retag(path, name, **change))
 
 
 def test_a_resolution_of_0_0_is_none(tmp_path):
