@@ -17,7 +17,7 @@ from stainnorm_transform.network import ColorNormNet, FrozenColorNormNet
 Network: TypeAlias = ColorNormNet | FrozenColorNormNet
 
 # Tissue is found on an area-downsampled copy: down to this many pixels on the longer side, but by MAX_SCALE at most.
-# The network sees that copy at half the size. A strip is not seen smaller for being longer than LONGEST times its width.
+# The network sees that copy at half the size. Strips are not seen smaller for being over LONGEST times as long as wide.
 COPY_SIDE = 128
 MAX_SCALE = 8
 LONGEST = 4
