@@ -18,7 +18,7 @@ from stainnorm_transform.files import check_regular, one_line
 from stainnorm_transform.slides import dicom
 from stainnorm_transform.slides.tiff import TiffReader
 from stainnorm_transform.slides.tiff_scan import check_rgb, silent, the_scan
-from stainnorm_transform.slides.tiff_tiles import CONVERT, check_tile
+from stainnorm_transform.slides.tiff_tiles import CONVERT, check_image, check_tile
 from stainnorm_transform.slides.vendor import OpenSlideReader
 
 # Of formats that hold nothing but slides. A TIFF may be either.
@@ -200,6 +200,8 @@ def _pages(file: Any) -> list[Any]:
         raise ValueError(f"a damaged or truncated TIFF ({one_line(error)})") from error
     if len(pages) > _MOST_PAGES:
         raise ValueError(f"not supported: a TIFF of more than {_MOST_PAGES} pages")
+    for page in pages:
+        check_image(page.imagewidth, page.imagelength)
     if not pages or not file.series:
         raise ValueError("a damaged or truncated TIFF, in which no image is found")
     for page in pages:

@@ -71,8 +71,7 @@ class Level:
             for each in pages:
                 each.predictor = tifffile.PREDICTOR.NONE
         self.width, self.height = page.imagewidth, page.imagelength
-        if self.width < 1 or self.height < 1:
-            raise ValueError(f"damaged: an image of {self.width} x {self.height} pixels")
+        check_image(self.width, self.height)
         is_apart = page.samplesperpixel > 1 and page.planarconfig == tifffile.PLANARCONFIG.SEPARATE
         is_plain = page.compression == tifffile.COMPRESSION.NONE and page.fillorder == 1
         is_plain = is_plain and not is_apart and len(pages) == 1
@@ -188,6 +187,12 @@ class Level:
 
 def _image(mode: str, pixels: Pixels) -> Image.Image:
     return Image.frombytes(mode, pixels.shape[1::-1], pixels.tobytes())
+
+
+def check_image(width: int, height: int) -> None:
+    """Raises ValueError for an image without pixels."""
+    if width < 1 or height < 1:
+        raise ValueError(f"damaged: an image of {width} x {height} pixels")
 
 
 def check_tile(width: int, height: int) -> None:
