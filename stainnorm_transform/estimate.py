@@ -135,9 +135,8 @@ def _side(image: Tensor) -> int:
     """Length of which COPY_SIDE pixels are made: the longer side of the image, within limits."""
     # Lengths may be symbols, on which torch.compile and torch.export must not branch.
     height, width = image.shape[-2:]
-    longer, shorter = _larger(height, width), -_larger(-height, -width)
-    side = -_larger(-longer, -LONGEST * shorter)
-    return -_larger(-_larger(side, COPY_SIDE), -COPY_SIDE * MAX_SCALE)
+    longer = _smaller(_larger(height, width), COPY_SIDE * MAX_SCALE)
+    return _larger(_smaller(longer, LONGEST * _smaller(height, width)), COPY_SIDE)
 
 
 def _length(length: int, step: int, unit: int = 1) -> int:
@@ -147,6 +146,10 @@ def _length(length: int, step: int, unit: int = 1) -> int:
 def _larger(a: int, b: int) -> int:
     # sym_max of plain numbers breaks the graph of torch.compile before torch 2.7, and max that of torch.export.
     return max(a, b) if isinstance(a, int) and isinstance(b, int) else torch.sym_max(a, b)
+
+
+def _smaller(a: int, b: int) -> int:
+    return min(a, b) if isinstance(a, int) and isinstance(b, int) else torch.sym_min(a, b)
 
 
 def _area_mean(image: Tensor, step: int, unit: int = 1) -> Tensor:
