@@ -24,7 +24,7 @@ from stainnorm_transform.cli.options import path_name
 from stainnorm_transform.files import replacing
 from stainnorm_transform.folders import find
 from stainnorm_transform.slides import SlideTiles, is_slide
-from stainnorm_transform.slides.formats import SUFFIXES
+from stainnorm_transform.slides.formats import SUFFIXES, TIFF_SUFFIXES
 
 
 @ray.remote(max_retries=3)
@@ -53,7 +53,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     try:
-        found = find([options.slides], skip=options.out, suffixes=(*SUFFIXES, ".tif", ".tiff"))
+        found = find([options.slides], skip=options.out, suffixes=SUFFIXES + TIFF_SUFFIXES)
     except ValueError as error:
         parser.error(f"expected slides: {error}")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

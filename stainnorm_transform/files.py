@@ -55,6 +55,11 @@ def _make(folder: Path) -> tuple[int, Path]:
         os.close(handle)  # Another process took it for a leftover before it was locked.
 
 
+def version(state: os.stat_result) -> tuple[int, int]:
+    """Size and time of the last change of a file in ns: the same on other machines, unlike its number."""
+    return state.st_size, state.st_mtime_ns
+
+
 @functools.cache
 def remove_leftovers(folder: Path) -> None:
     """Removes the temporary files in a folder whose process is no more; only looks once."""

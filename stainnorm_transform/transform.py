@@ -202,7 +202,8 @@ class NormalizeStain(_ImageTransform):
                 raise TypeError(f"expected tiles that are images or batches of images, got {type(tile).__name__}")
             image = _to_tensor(tile)
             pixels = image.shape[-2] * image.shape[-1]
-            total += pixels * tissue_sums(self.network, image).reshape(-1, 3).sum(dim=0)
+            with safe_after_fork():
+                total += pixels * tissue_sums(self.network, image).reshape(-1, 3).sum(dim=0)
             seen += math.prod(image.shape[:-3])
         if not seen:
             raise ValueError("expected at least one tile, got none")
@@ -232,10 +233,12 @@ class NormalizeStain(_ImageTransform):
             # Nobody waits: meanwhile images are shifted without it, and a fork may have copied the lock as it was held.
             if self._pixels >= TABLE_SIZE and _making_a_table.acquire(blocking=False):
                 try:
-                    table = shift_table(-self.offset[1:].cpu(), self.preserve_white)
-                    while len(_tables) >= _TABLES:
-                        del _tables[next(iter(_tables))]
-                    _tables[key] = table
+                    table = _tables.get(key)
+                    if table is None:
+                        table = shift_table(-self.offset[1:].cpu(), self.preserve_white)
+                        while len(_tables) >= _TABLES:
+                            del _tables[next(iter(_tables))]
+                        _tables[key] = table
                     self._pixels = 0
                 finally:
                     _making_a_table.release()

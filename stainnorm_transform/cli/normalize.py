@@ -45,8 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "their format: JPEG is written at quality 95 without chroma subsampling, all others without loss. Label "
         "masks, images of few flat colors, are copied as they are. Slides become tiled pyramidal BigTIFF; their "
         "label, and the image of the whole glass, which shows it, are left out. Files of other kinds in a folder are "
-        "left out, and counted; "
-        "folders in it that hold results of this command are not searched."
+        "left out, and counted; folders in it that hold results of this command are not searched."
     )
     parser.epilog = (
         "DIR/offsets.csv lists each file, by its full path, with the offset that was taken from it; of several lines "

@@ -79,7 +79,7 @@ class FileNormalizer:
         if not is_slide(path):
             return below
         # Names of DICOM files may have no suffix, but numbers with dots.
-        name = below.stem if below.suffix.lower() in (*formats.SUFFIXES, ".tif", ".tiff") else below.name
+        name = below.stem if below.suffix.lower() in formats.SUFFIXES + formats.TIFF_SUFFIXES else below.name
         stem = name[:-4] if name.lower().endswith(".ome") else name
         return below.with_name(stem + self.settings.slide_format.suffix)
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from stainnorm_transform.files import check_regular, locked
+from stainnorm_transform.files import check_regular, locked, version
 
 NAME = "offsets.csv"
 FIELDS = (
@@ -196,5 +196,5 @@ def _is_number(text: str) -> bool:
 
 
 def _state(path: Path) -> tuple[str, str]:
-    state = path.stat()
-    return str(state.st_size), str(state.st_mtime_ns)
+    size, changed = version(path.stat())
+    return str(size), str(changed)

@@ -14,6 +14,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from stainnorm_transform.files import version
 from stainnorm_transform.resources import cores
 from stainnorm_transform.slides.reader import Slide
 from stainnorm_transform.slides.sampling import slide_normalizer, tissue_shares
@@ -73,7 +74,7 @@ class SlideTiles(Dataset[dict[str, Any]]):
         if level and mpp is not None:
             raise ValueError(f"expected a level or an mpp, got both: {level} and {mpp}")
         self.path, self.side, self.to_srgb = Path(path).absolute(), side, to_srgb
-        self._version = _version(self.path.stat())
+        self._version = version(self.path.stat())
         with Slide(self.path, to_srgb) as slide:
             self._choose(slide, normalize, level, mpp, min_tissue)
 
@@ -123,14 +124,9 @@ class SlideTiles(Dataset[dict[str, Any]]):
 
     def _slide(self) -> Slide:
         found = self.path.stat()
-        if _version(found) != self._version:
+        if version(found) != self._version:
             raise ValueError("the file has changed since this dataset was made: make it again")
         return _open(os.getpid(), self.path, (found.st_dev, found.st_ino, *self._version), self.to_srgb)
-
-
-def _version(found: os.stat_result) -> tuple[int, int]:
-    """Size and time of a file, which are the same on other machines, unlike its number."""
-    return found.st_size, found.st_mtime_ns
 
 
 # A fork must not read by the handles of its parent, nor anyone by those of a file that was replaced.

@@ -6,6 +6,7 @@ OpenSlide does, if they are of a scanner's format, and else tifffile: ``pip inst
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import warnings
 from collections.abc import Iterable, Iterator
@@ -14,7 +15,7 @@ from typing import Any
 
 from PIL import ExifTags, Image
 
-from stainnorm_transform.files import check_regular, one_line
+from stainnorm_transform.files import check_regular, one_line, version
 from stainnorm_transform.slides import dicom
 from stainnorm_transform.slides.tiff import TiffReader
 from stainnorm_transform.slides.tiff_scan import check_rgb, silent, the_scan
@@ -23,7 +24,7 @@ from stainnorm_transform.slides.vendor import OpenSlideReader
 
 # Of formats that hold nothing but slides. A TIFF may be either.
 SUFFIXES = (".svs", ".ndpi", ".mrxs", ".vms", ".vmu", ".scn", ".bif", ".svslide", ".czi", ".dcm")
-_TIFF_SUFFIXES = (".tif", ".tiff")
+TIFF_SUFFIXES = (".tif", ".tiff")
 # Of slides that are not read, and whose they are.
 UNREAD = {
     ".vsi": "Olympus",
@@ -60,16 +61,19 @@ def is_slide(path: Path) -> bool:
     suffix = path.suffix.lower()
     if suffix in SUFFIXES:
         return True
-    if suffix not in _TIFF_SUFFIXES:
+    if suffix not in TIFF_SUFFIXES:
         return suffix not in Image.registered_extensions() and dicom.is_dicom(path)
     try:
         check_regular(path)
-        return _is_slide_tiff(path)
+        state = path.stat()
+        return _is_slide_tiff(path, (state.st_dev, state.st_ino, *version(state)))
     except Exception:  # Reading it will say why.
         return False
 
 
-def _is_slide_tiff(path: Path) -> bool:
+# A run asks several times of each file.
+@functools.lru_cache(maxsize=1 << 16)
+def _is_slide_tiff(path: Path, identity: tuple[int, ...]) -> bool:
     try:
         openslide, tifffile = packages()
     except ImportError:  # Then it only matters whether these are missed.

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -163,7 +164,13 @@ def test_a_pool_that_is_forked_after_an_estimate():
         tiles = [render_tile(seed, 128).repeat(1, 4, 4) for seed in range(2)]
         normalize = NormalizeStain.pretrained()
         slide = normalize.for_slide(tiles)
-        operations = [normalize, slide, normalize.estimate_offset, PerturbStain(0.0)]
+        operations = [
+            normalize,
+            slide,
+            normalize.estimate_offset,
+            PerturbStain(0.0),
+            partial(offset_of_slide, normalize),
+        ]
         expected = [operation(tiles[0]) for operation in operations]
         with multiprocessing.get_context("fork").Pool(2) as pool:
             for operation, before_the_fork in zip(operations, expected, strict=True):
@@ -171,6 +178,10 @@ def test_a_pool_that_is_forked_after_an_estimate():
                 np.testing.assert_allclose(out, before_the_fork.numpy(), atol=1e-3)
     finally:
         torch.set_num_threads(before)
+
+
+def offset_of_slide(normalize, tile):
+    return normalize.for_slide([tile]).offset
 
 
 def apply(operation, tile):
