@@ -4,8 +4,9 @@ pip install -e ".[slides]" pyvips pyvips-binary && python examples/benchmark_sli
 
 All methods run in this process, in every round, each round in another order. Slides are in memory before, where there
 is room, and nothing waits until what is written is on disk; TMPDIR says where that is. Parts that are sampled, and
-tiatoolbox, are scaled to the whole slide by its pixels. libvips shifts white as well, and its JPEG of this quality is
-RGB, which makes larger files; tiatoolbox writes none. Peers that are not installed are left out.
+tiatoolbox, are scaled to the whole slide by its pixels. libvips shifts all colors by one offset, white as well, and its
+JPEG of this quality is RGB, which makes larger files; tiatoolbox writes none. Peers that are not installed are left
+out.
 """
 
 import argparse
@@ -66,7 +67,7 @@ class Methods:
         self.encode = encoder(FORMAT.quality)
         with Slide(path) as slide:
             self.width, self.height = slide.dimensions
-            self.fixed, tiles = slide_normalizer(slide, self.normalize, threads)
+            self.fixed, self.offset, tiles = slide_normalizer(slide, self.normalize, threads)
             places = np.array(list(corners(self.width, self.height, BLOCK)))
             self.places = np.random.default_rng(0).permutation(places)[:SAMPLED_BLOCKS].tolist()
             self.blocks = list(in_order(partial(self.block, slide), self.places, threads))
@@ -106,7 +107,7 @@ class Methods:
 
     def write(self, estimate: bool) -> None:
         with Slide(self.path) as slide:
-            fixed = slide_normalizer(slide, self.normalize, self.threads)[0] if estimate else None
+            fixed = slide_normalizer(slide, self.normalize, self.threads).normalize if estimate else None
             write_slide(slide, self.out, fixed, FORMAT, self.threads)
 
     def decode(self) -> float:
@@ -118,7 +119,7 @@ class Methods:
             return clock(lambda: slide_normalizer(slide, self.normalize, self.threads))
 
     def make_table(self) -> np.ndarray:
-        return shift_table(-self.fixed.offset[1:], self.fixed.preserve_white).numpy()
+        return shift_table(-self.fixed.fixed_map, self.fixed.preserve_white).numpy()
 
     def look_up(self) -> float:
         look_up = partial(look_up_pixels, table=self.table)
@@ -152,7 +153,7 @@ class Methods:
         def write(shifted: bool) -> None:
             image = pyvips.Image.tiffload(str(self.path), page=0, access="sequential")
             if shifted:
-                a, b = self.fixed.offset[1:].tolist()
+                a, b = self.offset.tolist()
                 image = image.colourspace("lab").linear([1, 1, 1], [0, -a, -b]).colourspace("srgb").cast("uchar")
             options = {"compression": "jpeg", "Q": FORMAT.quality, "tile_width": TILE, "tile_height": TILE}
             image.tiffsave(str(self.out), tile=True, pyramid=True, bigtiff=True, **options)

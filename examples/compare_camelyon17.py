@@ -31,23 +31,28 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from tqdm import tqdm
-from train_camelyon17 import fold_name
+from train_camelyon17 import left_out_of
 
 from stainnorm_transform import NormalizeStain, weights
 from stainnorm_transform.cli.options import path_name
 from stainnorm_transform.color import fade, random_offset, shift_ab
 
 SIDE = 512  # of the tiles compared; of a large field, the middle
-TISSUE, GLASS = (10, 88), 90  # L*
+TISSUE, STROMA, GLASS = (10, 88), (60, 80), 90  # L*
+NUCLEI = 0.1  # the darkest of the tissue
+STEP = 2  # of MoNuSeg's images, every so many pixels are measured
 BINS = torch.arange(TISSUE[0], TISSUE[1], 6.0)  # L*
 CHANGES = 4  # known ones for each target tile
 OURS, CONTROL, PAPER = "ColorNormNet", "mean match (control)", "ColorNormNet, paper's shift and optimizer"
+OFFSET = "ColorNormNet, offset only"
 Normalize = Callable[[Tensor], Tensor]
 Figures = dict[str, float]
 
 COLUMNS = {
     "distance": "distance",
     "equal_lightness": "at equal L*",
+    "nuclei": "nuclei",
+    "stroma": "stroma",
     "spread": "spread",
     "nmi": "NMI sd",
     "told_apart": "told apart",
@@ -60,6 +65,15 @@ COLUMNS = {
     "failed": "failed",
     "black": "black",
     "tinted": "tinted",
+    "monuseg": "MoNuSeg nuclei",
+    "farther": "farther",
+    "teal": "teal %",
+}
+BY_TARGET = {
+    "distance": "Distance",
+    "nuclei": "Distance of nuclei",
+    "stroma": "Distance of stroma",
+    "monuseg": "Distance of MoNuSeg's nuclei",
 }
 LEGEND = """
 n = 24 images of the 4 centers that are not the target, unless said. In brackets the standard deviation over targets,
@@ -67,6 +81,7 @@ then over draws of the reference or seeds of the training. Methods that match me
 definition.
 distance     of the tissue's mean (a*, b*) to the target's: centers, then their mean
 at equal L*  the same within bins of L*, so that more nuclei do not count as another color
+nuclei, stroma  the same of the darkest tenth of the tissue, and of its L* from 60 to 80
 spread       standard deviation of the images' (a*, b*) within a center
 NMI sd       standard deviation over images of the normalized median intensity
 told apart   share of 30 images whose center a classifier tells from the Lab statistics of the tissue; chance 0.20
@@ -77,7 +92,19 @@ glass dE     dE76 of pixels with L* > 90, in images that have 0.1 % of them; the
 SSIM L*      structure kept; 1 by construction where L* is not touched
 raised       of the 24 images; they count as left as they are
 failed, black, tinted  of 32 odd images (edge_cases): an exception or NaN; much darker; blank or with pen and dE > 10
+MoNuSeg nuclei  distance of the darkest tenth of the tissue to the target's, mean of 30 images of other organs and labs;
+             how many are farther than before; pixels of them with G > R + 2 (teal)
+ColorNormNet, offset only  takes away what the map does to the mean color, from all colors alike
 Vahadane of tiatoolbox warns that it is unstable with the scikit-learn of today.
+"""
+SLIDES = """
+Radboud's {slides} slides of CAMELYON16, {tiles} tiles in all, target center {target}, one map a slide. Spread: standard
+deviation over slides of the mean a*, b* of the tissue; distance: of their mean to the target's.
+"""
+SKIN = """
+A slide of skin (small_HE.svs), target center {target}: dE76 over the tissue between a tile of 256 pixels normalized
+alone and by the slide's map, {tiles} tiles with 2 % tissue: mean {mean:.1f}, largest {most:.1f}; with offsets only
+{mean_offset:.1f}, {most_offset:.1f}.
 """
 SEAMS = """
 Tiles of one slide, target center {target}, pooled references: mean dE76 over the tissue between a tile that was
@@ -89,7 +116,7 @@ slide (for_slide) ColorNormNet has 0.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_data_option(parser, needed=(*CENTER_FOLDERS, "edge_cases"))
+    add_data_option(parser, needed=(*CENTER_FOLDERS, "edge_cases", "monuseg/images"))
     parser.add_argument("--draws", type=int, default=3, help="single reference tiles (default: %(default)s)")
     parser.add_argument("--targets", type=int, nargs="+", choices=CENTERS, default=list(CENTERS), metavar="CENTER")
     parser.add_argument(
@@ -120,6 +147,8 @@ def main() -> None:
     print_table(results)
     print_by_target(results, tiles)
     print_seams(centers, tiles, options)
+    print_slides(tiles, options.data)
+    print_skin(options.data)
     if options.plot:
         plot(tiles, options.plot)
 
@@ -135,6 +164,7 @@ def quiet() -> None:
 def compare(target: int, tiles: list[list[Tensor]], names: list[str], options: argparse.Namespace) -> list[Figures]:
     """The figures of every method and draw; a method that cannot be made has only ``cannot``."""
     odd = {path.stem: read(path) for path in sorted((options.data / "edge_cases").iterdir()) if path.suffix != ".csv"}
+    organs = [read(path) for path in sorted((options.data / "monuseg/images").iterdir())]
     rows = []
     for method, draw, make in methods(target, options):
         row = {"method": method, "target": target, "draw": draw}
@@ -143,7 +173,7 @@ def compare(target: int, tiles: list[list[Tensor]], names: list[str], options: a
             row |= measure(normalize, tiles, target) | known_changes(
                 method, target, draw, make, tiles[target], names, options
             )
-            row |= failures(normalize, odd) if draw == 0 else {}
+            row |= failures(normalize, odd) | other_organs(normalize, organs, tiles[target]) if draw == 0 else {}
         except Exception as error:
             row["cannot"] = repr(error)
         rows.append(row)
@@ -165,6 +195,7 @@ def methods(target: int, options: argparse.Namespace) -> Iterator[tuple[str, int
     name = f"camelyon17-center{target}"
     for draw, path in enumerate([name, *(folder / f"{name}.safetensors" for folder in options.seeds)]):
         yield OURS, draw, lambda tiles, path=path: NormalizeStain.pretrained(path)
+        yield OFFSET, draw, lambda tiles, path=path: offset_only(NormalizeStain.pretrained(path))
     if target == 0:
         yield PAPER, 0, lambda tiles: NormalizeStain.pretrained("camelyon17-paper")
     yield CONTROL, 0, mean_match
@@ -173,6 +204,10 @@ def methods(target: int, options: argparse.Namespace) -> Iterator[tuple[str, int
             for draw in range(options.draws):
                 yield f"{name}, single", draw, lambda tiles, fit=fit, draw=draw: fit(choose(tiles, draw))
             yield f"{name}, pooled", 0, lambda tiles, fit=fit: fit(torch.cat(tiles, dim=-1))
+
+
+def offset_only(normalize: NormalizeStain) -> Normalize:
+    return lambda image: normalize.with_offset(normalize.estimate_offset(image))(image)
 
 
 def choose(tiles: list[Tensor], draw: int) -> Tensor:
@@ -252,6 +287,26 @@ def tissue_mean(image: Tensor, like: Tensor | None = None) -> Tensor:
     return lab[1:, tissue(lab if like is None else lab_of(like))].mean(dim=1)
 
 
+def nuclei(lab: Tensor) -> Tensor:
+    """Mask of the darkest tissue."""
+    mask = tissue(lab)
+    return mask & (lab[0] <= np.quantile(lab[0][mask], NUCLEI))
+
+
+def stroma(lab: Tensor) -> Tensor:
+    return tissue(lab) & (lab[0] >= STROMA[0]) & (lab[0] <= STROMA[1])
+
+
+def mean_of(lab: Tensor, mask: Tensor) -> Tensor:
+    """Mean (a*, b*), NaN where the mask is empty."""
+    return lab[1:, mask].mean(dim=1)
+
+
+def part_of(tiles: list[Tensor], part: Callable[[Tensor], Tensor]) -> Tensor:
+    """Mean (a*, b*) over images of a part of their tissue."""
+    return torch.stack([mean_of(lab, part(lab)) for lab in map(lab_of, tiles)]).nanmean(dim=0)
+
+
 def colors_by_lightness(lab: Tensor) -> Tensor:
     """Sums of a* and b* over the tissue, and its pixels, in bins of L*, as shares of all its pixels: (bins, 3)."""
     values = lab[:, tissue(lab)]
@@ -268,9 +323,16 @@ def distance_at_equal_lightness(images: list[Tensor], goal: list[Tensor]) -> flo
     return float((weight * distance).nansum() / weight.sum())
 
 
+def distance(colors: list[Tensor], goal: Tensor) -> float:
+    return float((torch.stack(colors).nanmean(dim=0) - goal).norm())
+
+
 def measure(normalize: Normalize, tiles: list[list[Tensor]], target: int) -> Figures:
     goal = torch.stack([tissue_mean(tile) for tile in tiles[target]]).mean(dim=0)
     goal_curves = [colors_by_lightness(lab_of(tile)) for tile in tiles[target]]
+    parts = {"nuclei": nuclei, "stroma": stroma}
+    goals = {name: part_of(tiles[target], part) for name, part in parts.items()}
+    colors: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
     means: dict[int, list[Tensor]] = defaultdict(list)
     curves: dict[int, list[Tensor]] = defaultdict(list)
     features, labels, intensities, clipped, glass, structure = [], [], [], [], [], []
@@ -290,6 +352,8 @@ def measure(normalize: Normalize, tiles: list[list[Tensor]], target: int) -> Fig
             if center == target:
                 continue
             means[center].append(inside[1:].mean(dim=1))
+            for name, part in parts.items():
+                colors[name, center].append(mean_of(lab_after, part(lab)))
             curves[center].append(colors_by_lightness(lab_after))
             grey = after.float().mean(dim=0)[mask]
             intensities.append(float(grey.median() / grey.quantile(0.95)))
@@ -310,6 +374,7 @@ def measure(normalize: Normalize, tiles: list[list[Tensor]], target: int) -> Fig
         "equal_lightness": float(
             np.mean([distance_at_equal_lightness(curve, goal_curves) for curve in curves.values()])
         ),
+        **{name: float(np.mean([distance(colors[name, center], goals[name]) for center in means])) for name in parts},
         "spread": float(spread.mean()),
         "nmi": float(np.std(intensities)),
         "told_apart": float((predicted == np.array(labels)).mean()),
@@ -331,15 +396,16 @@ def known_changes(
     options: argparse.Namespace,
 ) -> Figures:
     """How far target tiles, never used as a reference or in training, are from themselves after a known change."""
-    if method == PAPER or (method == OURS and (draw or not options.folds)):
+    if method == PAPER or (method in (OURS, OFFSET) and (draw or not options.folds)):
         return {}
     generator = torch.Generator().manual_seed(0)
     offsets = random_offset((CHANGES,), 30, generator)
     stains = (0.7 * 2 ** torch.rand(CHANGES, 2, generator=generator)).numpy()
     errors: dict[str, list[float]] = defaultdict(list)
     for number, (tile, name) in enumerate(zip(tiles, names, strict=True)):
-        if method == OURS:
-            normalize = NormalizeStain.pretrained(options.folds / fold_name(f"camelyon17-center{target}", [name]))
+        if method in (OURS, OFFSET):
+            ours = NormalizeStain.pretrained(fold_without(name, target, options.folds))
+            normalize = ours if method == OURS else offset_only(ours)
         else:
             normalize = make(tiles[:number] + tiles[number + 1 :])
         truth = tissue_mean(tile)
@@ -349,6 +415,14 @@ def known_changes(
         ):
             errors[key].append(float((tissue_mean(normalize(changed), like=tile) - truth).abs().mean()))
     return {key: float(np.mean(values)) for key, values in errors.items()}
+
+
+def fold_without(name: str, target: int, folder: Path) -> Path:
+    """The network of a target that has not seen this image."""
+    for path in sorted(folder.glob(f"camelyon17-center{target}.*.safetensors")):
+        if Path(name).stem in left_out_of(path):
+            return path
+    raise FileNotFoundError(f"{folder} has no network that was trained without {name}")
 
 
 def scale_stains(image: Tensor, factors: np.ndarray) -> Tensor:
@@ -373,6 +447,25 @@ def failures(normalize: Normalize, images: dict[str, Tensor]) -> Figures:
     return counts
 
 
+def other_organs(normalize: Normalize, images: list[Tensor], tiles: list[Tensor]) -> Figures:
+    """What becomes of the nuclei of other organs; images that cannot be normalized count as they are."""
+    goal = part_of(tiles, nuclei)
+    before, after, teal = [], [], []
+    for image in images:
+        lab = lab_of(image[:, ::STEP, ::STEP])
+        mask = nuclei(lab)
+        try:
+            changed = normalize(image)[:, ::STEP, ::STEP]
+        except Exception:
+            changed = image[:, ::STEP, ::STEP]
+        before.append(float((mean_of(lab, mask) - goal).norm()))
+        after.append(float((mean_of(lab_of(changed), mask) - goal).norm()))
+        red, green = changed[:2, mask].int()
+        teal.append(float((green > red + 2).float().mean()))
+    farther = sum(b > a for a, b in zip(before, after, strict=True))
+    return {"monuseg": float(np.mean(after)), "farther": farther, "teal": 100 * float(np.mean(teal))}
+
+
 # --- What is printed.
 
 
@@ -395,7 +488,7 @@ def print_table(rows: list[Figures]) -> None:
             means = [np.mean(group) for group in values]
             over_draws = np.mean([np.std(group, ddof=1) for group in values if len(group) > 1] or [np.nan])
             cell = f"{np.nanmean(means):.{digits}f}"
-            if key not in ("raised", "failed", "black", "tinted"):
+            if key not in ("raised", "failed", "black", "tinted", "farther"):
                 spreads = [np.nanstd(means, ddof=1) if len(means) > 1 else np.nan, over_draws]
                 cell += " (" + ", ".join("-" if np.isnan(value) else f"{value:.{digits}f}" for value in spreads) + ")"
             cells.append(cell)
@@ -408,26 +501,23 @@ def print_table(rows: list[Figures]) -> None:
 
 def print_by_target(rows: list[Figures], tiles: list[list[Tensor]]) -> None:
     targets = sorted({row["target"] for row in rows})
-    print("\nDistance by target: mean over draws or seeds, and as a share of that before.")
-    print(f"| method | {' | '.join(f'center {target}' for target in targets)} |")
-    print("|" + " --- |" * (len(targets) + 1))
-    before = {row["target"]: row["distance"] for row in rows if row["method"] == "as scanned"}
-    for method in dict.fromkeys(row["method"] for row in rows):
-        cells = []
-        for target in targets:
-            values = [
-                row["distance"]
-                for row in rows
-                if (row["method"], row["target"]) == (method, target) and "distance" in row
-            ]
-            cells.append(f"{np.mean(values):.1f} ({np.mean(values) / before[target]:.2f})" if values else "")
-        print(f"| {method} | {' | '.join(cells)} |")
+    for key, what in BY_TARGET.items():
+        print(f"\n{what} by target: mean over draws or seeds, and as a share of that before.")
+        print(f"| method | {' | '.join(f'center {target}' for target in targets)} |")
+        print("|" + " --- |" * (len(targets) + 1))
+        before = {row["target"]: row[key] for row in rows if row["method"] == "as scanned"}
+        for method in dict.fromkeys(row["method"] for row in rows):
+            cells = []
+            for target in targets:
+                values = [row[key] for row in rows if (row["method"], row["target"]) == (method, target) and key in row]
+                cells.append(f"{np.mean(values):.1f} ({np.mean(values) / before[target]:.2f})" if values else "")
+            print(f"| {method} | {' | '.join(cells)} |")
     cells = []
     for target in targets:
         means = torch.stack([tissue_mean(tile) for tile in tiles[target]])
         others = (means.sum(dim=0) - means) / (len(means) - 1)
         cells.append(f"{float((means - others).norm(dim=1).mean()):.1f}, spread {float(means.std(dim=0).norm()):.1f}")
-    print(f"| *one image of the target from its others* | {' | '.join(cells)} |")
+    print(f"\nOf one image of the target from its others: {'; '.join(cells)}")
 
 
 def print_seams(centers: list[dict[str, Tensor]], tiles: list[list[Tensor]], options: argparse.Namespace) -> None:
@@ -447,6 +537,74 @@ def print_seams(centers: list[dict[str, Tensor]], tiles: list[list[Tensor]], opt
         except Exception as error:
             cells = [repr(error)]
         print(f"| {method} | {' | '.join(cells)} |", flush=True)
+
+
+def slides_of(folder: Path) -> dict[str, list[Tensor]]:
+    """The tiles of each slide, which their names begin with."""
+    slides: dict[str, list[Tensor]] = defaultdict(list)
+    for path in sorted(folder.rglob("*.jpg")):
+        slides[path.stem.partition("_x")[0]].append(read(path))
+    return dict(slides)
+
+
+def print_slides(tiles: list[list[Tensor]], data: Path) -> None:
+    slides = slides_of(data / "camelyon16_slides" / "radboud")
+    if not slides:
+        return
+    target = int(weights.load().target[-1])
+    normalize = NormalizeStain.pretrained()
+    print(SLIDES.format(slides=len(slides), tiles=sum(map(len, slides.values())), target=target))
+    print("| method | spread | distance |\n| --- | --- | --- |")
+    goal = torch.stack([tissue_mean(tile) for tile in tiles[target]]).mean(dim=0)
+    by_slide = {name: normalize.for_slide(images) for name, images in slides.items()}
+    changes: dict[str, Callable[[str], Normalize]] = {
+        "as scanned": lambda name: lambda image: image,
+        OURS: by_slide.__getitem__,
+        OFFSET: lambda name: normalize.with_offset(by_slide[name].estimate_offset(mosaic(slides[name]))),
+    }
+    for method, make in changes.items():
+        means = torch.stack(
+            [
+                torch.stack([tissue_mean(make(name)(image), like=image) for image in images]).nanmean(dim=0)
+                for name, images in slides.items()
+            ]
+        )
+        print(f"| {method} | {float(means.std(dim=0).norm()):.2f} | {float((means.mean(dim=0) - goal).norm()):.2f} |")
+
+
+def mosaic(images: list[Tensor]) -> Tensor:
+    """Tiles of one size side by side, in about a square."""
+    columns = round(len(images) ** 0.5)
+    rows = [torch.cat(images[at : at + columns], dim=-1) for at in range(0, len(images) - columns + 1, columns)]
+    return torch.cat(rows, dim=-2)
+
+
+def print_skin(data: Path) -> None:
+    """Needs the extra ``slides``."""
+    path = data / "slides" / "small_HE.svs"
+    if not path.exists() or importlib.util.find_spec("openslide") is None:
+        return
+    from stainnorm_transform.slides import Slide, slide_normalizer
+
+    normalize = NormalizeStain.pretrained()
+    with Slide(path) as slide:
+        fixed = slide_normalizer(slide, normalize).normalize
+        whole = slide.read(0, 0, *slide.dimensions)
+    offset = normalize.with_offset(fixed.estimate_offset(whole))
+    pairs: tuple[tuple[Normalize, Normalize], ...] = ((normalize, fixed), (offset_only(normalize), offset))
+    found: list[list[float]] = [[], []]
+    for top in range(0, whole.shape[1] - 255, 256):
+        for left in range(0, whole.shape[2] - 255, 256):
+            tile = whole[:, top : top + 256, left : left + 256]
+            mask = tissue(lab_of(tile))
+            if mask.float().mean() < 0.02:
+                continue
+            for differences, (alone, together) in zip(found, pairs, strict=True):
+                difference = (lab_of(alone(tile)) - lab_of(together(tile))).norm(dim=0)
+                differences.append(float(difference[mask].mean()))
+    figures = {"mean": np.mean(found[0]), "most": max(found[0])}
+    figures |= {"mean_offset": np.mean(found[1]), "most_offset": max(found[1])}
+    print(SKIN.format(target=int(weights.load().target[-1]), tiles=len(found[0]), **figures))
 
 
 def seams(normalize: Normalize, field: Tensor) -> tuple[float, float, float, float]:

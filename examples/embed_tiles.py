@@ -44,7 +44,7 @@ def compose(normalize: NormalizeStain, transform: Transform) -> v2.Compose:
 
 
 def for_slide(normalize: NormalizeStain, paths: Sequence[Path], sample: int = 48) -> NormalizeStain:
-    """One offset for all tiles of a slide, from a few dozen of them."""
+    """One color map for all tiles of a slide, from a few dozen of them."""
     chosen = Random(0).sample(paths, min(sample, len(paths)))
     return normalize.for_slide(read(path) for path in chosen)
 

@@ -4,7 +4,7 @@ python examples/kornia_pipeline.py --tiles examples/tiles
 
 To kornia they are modules without parameters: only the image is changed, and masks, boxes, keypoints and labels pass.
 So kornia's ``same_on_batch`` does not reach PerturbStain, and calling a container again with ``params`` draws new
-offsets. ``inverse`` undoes the geometry and leaves the colors.
+colors. ``inverse`` undoes the geometry and leaves the colors.
 """
 
 import argparse
@@ -27,11 +27,13 @@ def for_inference(normalize: NormalizeStain | None = None) -> K.ImageSequential:
     return K.ImageSequential(normalize or NormalizeStain.pretrained(), imagenet)
 
 
-def for_training(normalize: NormalizeStain | None = None, max_offset: float = 10) -> K.AugmentationSequential:
+def for_training(
+    normalize: NormalizeStain | None = None, perturb: PerturbStain | None = None
+) -> K.AugmentationSequential:
     """Takes images, masks (N, 1, H, W) and boxes (N, B, 4), which flip with the images."""
     return K.AugmentationSequential(
         normalize or NormalizeStain.pretrained(),
-        PerturbStain(max_offset),
+        perturb or PerturbStain(max_offset=10, slope=0.1, darkness=0.2),
         K.RandomHorizontalFlip(p=0.5),
         K.RandomVerticalFlip(p=0.5),
         data_keys=["input", "mask", "bbox_xyxy"],

@@ -1,11 +1,12 @@
-"""How many tiles of a slide its offset takes, and what pen and folds do to it.
+"""How many tiles of a slide its color map takes, and what pen and folds do to it.
 
 python examples/slide_sample.py slide.svs other.tif
 
-The offset of all tiles with tissue is the truth; samples of n of them are compared with it, in Lab units. Every slide
-gives 20 samples of each size, which begin at different places of the even order that ``slide_normalizer`` takes. Then
-part of the sampled tiles is covered by strokes of a pen, or darkened as by a fold, and the same is asked of the mean of
-all tiles and of the mean without those that are far from the median.
+The map of all tiles with tissue is the truth; those of samples of n of them are compared with it: an error is how far
+apart in (a*, b*) both put the colors of the slide's tissue, as a root mean square, in Lab units. Every slide gives 20
+samples of each size, which begin at different places of the even order that ``slide_normalizer`` takes. Then part of
+the sampled tiles is covered by strokes of a pen, or darkened as by a fold, and the same is asked of the map of all
+tiles and of the map without those that are far from the median.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from stainnorm_transform import NormalizeStain
 from stainnorm_transform.cli.options import file_name
-from stainnorm_transform.estimate import mean_offset, robust_mean_offset, tissue_sums
+from stainnorm_transform.estimate import map_of, offset_of, robust_sum, tissue_sums
 from stainnorm_transform.resources import cores, in_order
 from stainnorm_transform.slides import Slide
 from stainnorm_transform.slides.sampling import SAMPLED_TILES, places, sampled_side
@@ -27,13 +28,26 @@ INKS = {"blue pen": (30, 60, 190), "green pen": (20, 130, 70), "black pen": (25,
 
 
 def sums_of_tiles(slide: Slide, normalize: NormalizeStain, most: int, change=lambda tile: tile) -> Tensor:
-    """``tissue_sums`` of tiles with tissue in the order of sampling: (N, 3)."""
+    """``tissue_sums`` of tiles with tissue in the order of sampling: (N, 6, 4)."""
     side = sampled_side(slide)
     corners = list(places(slide, side, cores()))[:most]
     tiles = in_order(lambda corner: slide.read(*corner, side, side), corners, cores())
     with torch.no_grad():
-        found = [tissue_sums(normalize.network, change(tile)) for tile in tqdm(tiles, total=len(corners), disable=None)]
-    return torch.stack([sums for sums in found if sums[2] > 0])
+        found = [
+            tissue_sums(normalize.network, change(tile), normalize.preserve_white)
+            for tile in tqdm(tiles, total=len(corners), disable=None)
+        ]
+    return torch.stack([sums for sums in found if sums[0, 0] > 0])
+
+
+def distance(first: Tensor, second: Tensor, sums: Tensor) -> Tensor:
+    """How far apart maps (..., 2, 4) put the colors of the tissue of ``tissue_sums``: root mean square, shape (...).
+
+    Dark pixels count more, as in the sums, and pale ones, which take only part of a shift, less.
+    """
+    difference, moments = first - second, sums[..., :4, :] / sums[..., :1, :1]
+    square = (difference @ moments * difference).sum(dim=(-1, -2))
+    return square.clamp(min=0).sqrt()
 
 
 def pen(tile: Tensor, color: tuple[int, int, int]) -> Tensor:
@@ -67,14 +81,16 @@ def main() -> None:
     for path in options.slides:
         with Slide(path) as slide:
             sums = sums_of_tiles(slide, normalize, options.most)
-            truth = robust_mean_offset(sums)
-            print(f"{path.name}: {len(sums)} tiles with tissue, offset {truth[1]:.2f}, {truth[2]:.2f}", end="; ")
-            print(f"deviation of a tile {(mean_offset(sums) - truth).norm(dim=1).square().mean().sqrt():.2f}")
+            total = robust_sum(sums)
+            truth, (a, b) = map_of(total, normalize.slopes), offset_of(total).tolist()
+            alone = distance(map_of(sums, normalize.slopes), truth, sums)
+            print(f"{path.name}: {len(sums)} tiles with tissue, offset {a:.2f}, {b:.2f}", end="; ")
+            print(f"deviation of a tile, over its own tissue, {alone.square().mean().sqrt():.2f}")
             for size in SIZES:
                 for start in range(STARTS):
                     if size < len(sums):
                         part = sums.roll(-start * len(sums) // STARTS, dims=0)[:size]
-                        errors[size].append((robust_mean_offset(part) - truth).norm())
+                        errors[size].append(distance(map_of(robust_sum(part), normalize.slopes), truth, total))
             clean = sums[:SAMPLED_TILES]
             spoils = {name: lambda tile, color=color: pen(tile, color) for name, color in INKS.items()} | {"fold": fold}
             for name, spoil in spoils.items():
@@ -82,16 +98,15 @@ def main() -> None:
                 for share in (0.1, 0.2, 0.3):
                     count = min(int(share * len(clean)), len(spoiled))
                     mixed = torch.cat([clean[count:], spoiled[:count]])
-                    moved = [
-                        (offset - truth).norm() for offset in (mean_offset(mixed.sum(0)), robust_mean_offset(mixed))
-                    ]
+                    maps = map_of(torch.stack([mixed.sum(dim=0), robust_sum(mixed)]), normalize.slopes)
+                    moved = distance(maps, truth, total)
                     covered.setdefault((name, share), []).append((moved[0], moved[1]))
     print("\n| tiles | median error | 95 % | max | n |\n| --- | --- | --- | --- | --- |")
     for size, found in errors.items():
         if found:
             e = torch.stack(found)
             print(f"| {size} | {e.median():.2f} | {e.quantile(0.95):.2f} | {e.max():.2f} | {len(e)} |")
-    print("\n| spoiled | share of tiles | mean of all: error, median and max | without far ones |")
+    print("\n| spoiled | share of tiles | map of all: error, median and max | without far ones |")
     print("| --- | --- | --- | --- |")
     for (name, share), found in covered.items():
         plain, robust = (torch.stack(column) for column in zip(*found, strict=True))

@@ -1,8 +1,10 @@
-"""Measures how far the estimated offset moves when an image changes in ways that should not move it.
+"""Measures how far the estimated color map moves when an image changes in ways that should not move it.
 
 python examples/stability.py
 
-Reads CAMELYON17, CAMELYON16 and MoNuSeg tiles; prints distances in (a*, b*), in Lab units.
+Reads CAMELYON17, CAMELYON16 and MoNuSeg tiles; prints how far apart in (a*, b*) the maps from before and after the
+change put the colors of the tissue: root mean squares over its pixels, in Lab units. Pixels count as much as in the
+estimate, dark tissue more.
 """
 
 import argparse
@@ -20,7 +22,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
 from stainnorm_transform import NormalizeStain, TrainConfig, weights
-from stainnorm_transform.color import shift_ab
+from stainnorm_transform.color import color_terms, fade, rgb_to_lab, shift_ab
+from stainnorm_transform.estimate import small_copy, tissue_weight
 
 FOLDERS = ("camelyon17/*", "camelyon16/*/*", "monuseg/images")
 WHITE = 255
@@ -37,7 +40,7 @@ def main() -> None:
     moves: dict[str, list[float]] = {name: [] for name in MOVES}
     for path in tqdm(paths, unit="image"):
         image = tile(path)
-        if normalize.estimate_offset(image).any():
+        if normalize.estimate_map(image).any():
             for name, move in MOVES.items():
                 moves[name].extend(move(normalize, image))
     print(f"{len(paths)} images\n\n| change | n | median | 90 % | 99 % | max |\n| --- | --- | --- | --- | --- | --- |")
@@ -59,11 +62,34 @@ def tile(path: Path) -> Tensor:
     return image[:, : min(1024, image.shape[-2] // 2 * 2), : min(1024, image.shape[-1] // 2 * 2)]
 
 
+class Tissue:
+    """The tissue of an image, as the estimate finds it: its colors (3, H, W), and how much each of them counts."""
+
+    def __init__(self, image: Tensor, preserve_white: bool) -> None:
+        lab = rgb_to_lab(small_copy(image[None]))
+        self.weight = tissue_weight(lab)[0, 0]
+        self.lab = lab[0]
+        self.share = fade(self.lab[:1]) if preserve_white else torch.ones_like(self.lab[:1])
+
+    def moved(self, color_map: Tensor, by: Tensor | None = None) -> Tensor:
+        """How far a map moves each pixel, (2, H, W), once all were shifted ``by`` an offset (da, db)."""
+        lab = self.lab if by is None else torch.cat([self.lab[:1], self.lab[1:] + self.shifted(by)])
+        return self.share * torch.einsum("ij,jyx->iyx", color_map, color_terms(lab))
+
+    def shifted(self, offset: Tensor) -> Tensor:
+        """How far an offset moves each pixel, (2, H, W)."""
+        return self.share * offset[:, None, None]
+
+    def root_mean_square(self, distance: Tensor) -> float:
+        """Of distances (2, H, W)."""
+        return float(((self.weight * distance.square().sum(dim=0)).sum() / self.weight.sum()).sqrt())
+
+
 def _against(*changes: Callable[[Tensor], Tensor]) -> Callable[[NormalizeStain, Tensor], Iterator[float]]:
     def move(normalize: NormalizeStain, image: Tensor) -> Iterator[float]:
-        before = normalize.estimate_offset(image)
+        tissue, before = Tissue(image, normalize.preserve_white), normalize.estimate_map(image)
         for change in changes:
-            yield float((normalize.estimate_offset(change(image)) - before).norm())
+            yield tissue.root_mean_square(tissue.moved(normalize.estimate_map(change(image)) - before))
 
     return move
 
@@ -81,19 +107,27 @@ def _half_size(image: Tensor) -> Tensor:
 def _white_half(normalize: NormalizeStain, image: Tensor) -> Iterator[float]:
     half = image[..., : image.shape[-1] // 2]
     white = torch.cat([half, torch.full_like(half, WHITE)], dim=-1)
-    before, after = normalize.estimate_offset(half), normalize.estimate_offset(white)
+    before, after = normalize.estimate_map(half), normalize.estimate_map(white)
     if before.any() and after.any():
-        yield float((after - before).norm())
+        tissue = Tissue(half, normalize.preserve_white)
+        yield tissue.root_mean_square(tissue.moved(after - before))
 
 
 def _twice(normalize: NormalizeStain, image: Tensor) -> Iterator[float]:
-    yield float(normalize.estimate_offset(normalize(image)).norm())
+    normalized = normalize(image)
+    tissue = Tissue(normalized, normalize.preserve_white)
+    yield tissue.root_mean_square(tissue.moved(normalize.estimate_map(normalized)))
 
 
 def known_shift(normalize: NormalizeStain, image: Tensor, shift: Tensor) -> float:
-    """Error of the estimate after a shift (da, db), which is taken in float64 and not rounded."""
-    before, after = (normalize.estimate_offset(each)[1:] for each in (image, shift_ab(image.double() / 255, shift)))
-    return float((after - before - shift).norm())
+    """Error of the estimate after a shift (da, db), which is taken in float64 and not rounded.
+
+    That is how far apart the same pixels are once they are normalized: from ``image`` and from what was shifted.
+    """
+    shifted = shift_ab(image.double() / 255, shift, normalize.preserve_white)
+    before, after = normalize.estimate_map(image), normalize.estimate_map(shifted)
+    tissue = Tissue(image, normalize.preserve_white)
+    return tissue.root_mean_square(tissue.moved(after, by=shift) - tissue.moved(before) - tissue.shifted(shift))
 
 
 def _known_shifts(normalize: NormalizeStain, image: Tensor) -> Iterator[float]:

@@ -1,4 +1,4 @@
-"""Color arithmetic: kornia's CIELAB, and the a*, b* shift, computed straight in RGB."""
+"""Color arithmetic: kornia's CIELAB, and shifts of a*, b*, computed straight in RGB."""
 
 from __future__ import annotations
 
@@ -50,6 +50,26 @@ _LINEAR_KNEE = ((_SRGB_KNEE + 0.055) / 1.055) ** 2.4
 FULL_LIGHTNESS, WHITE_LIGHTNESS = (10.0, 60.0), 97.0
 BLACK_LIGHTNESS = 5.0
 
+# A map gives an offset for every color, ``B z`` with B (2, 4) and z = (1, (L* - 60) / 20, (a* - 20) / 20,
+# (b* + 12) / 20): its first column is the offset of a usual color of tissue, the others how it differs 20 units away.
+MAP_CENTER, MAP_UNIT = (60.0, 20.0, -12.0), 20.0
+# Slopes of a map are bounded: the Frobenius norm of those on a*, b* and the norm of those on L*, per Lab unit. Then no
+# map folds colors or inverts a hue: at equal L*, what it does to the difference of two colors is to turn it by less
+# than 37 degrees, asin(0.6), and to make it 0.4 to 1.6 times as large.
+MAX_SLOPE = 0.6
+# z of a map as weights of 1, f(X), f(Y) and f(Z), in which L*, a* and b* are linear.
+_Z_OF_F = torch.tensor(
+    [
+        [1.0, 0.0, 0.0, 0.0],
+        [(-16 - MAP_CENTER[0]) / MAP_UNIT, 0.0, 116 / MAP_UNIT, 0.0],
+        [-MAP_CENTER[1] / MAP_UNIT, 500 / MAP_UNIT, -500 / MAP_UNIT, 0.0],
+        [-MAP_CENTER[2] / MAP_UNIT, 0.0, 200 / MAP_UNIT, -200 / MAP_UNIT],
+    ],
+    dtype=torch.float64,
+).tolist()
+# f(Y) of L* = 0.
+_F_BLACK = 16 / 116
+
 # Colors of uint8 images.
 TABLE_SIZE = 1 << 24
 
@@ -59,23 +79,28 @@ _STRIP_PIXELS = 1 << 17
 _CUDA_STRIP_PIXELS = 1 << 22
 
 
-def shift_ab(image: Tensor, offset: Tensor, preserve_white: bool = True) -> Tensor:
-    """Adds an offset to a* and b* of sRGB images; the Lab image is never formed.
+def shift_ab(image: Tensor, shift: Tensor, preserve_white: bool = True, darkness: Tensor | None = None) -> Tensor:
+    """Adds an offset to a* and b* of sRGB images, or that of a map; the Lab image is never formed.
 
     L* is a function of relative luminance Y alone, so moving (a*, b*) at constant L* only moves f(X) by
     ``w * da / 500`` and f(Z) by ``-w * db / 200``. With ``preserve_white`` the offset fades out towards white glass
     and black by ``w = clamp(min((97 - L*) / 37, (L* - 5) / 5), 0, 1)``; otherwise ``w = 1``. Inside the sRGB gamut,
-    shifting by ``offset`` and then by ``-offset`` restores the image; outside it, RGB is clamped to [0, 1]. An offset
+    shifting by an offset and then by its negative restores the image; outside it, RGB is clamped to [0, 1]. A shift
     of 0 changes nothing.
 
-    Differentiable in ``image`` (floating point) and ``offset``. On the CPU the result for an image does not depend,
-    to the last bit, on the batch it is in; whether a gradient is recorded changes it by up to 1e-5.
+    A map gives each color an offset of its own: ``(da, db) = B z`` of ``z = (1, (L* - 60) / 20, (a* - 20) / 20,
+    (b* + 12) / 20)``. That of slopes 0 is the offset in its first column.
+
+    Differentiable in ``image`` (floating point), ``shift`` and ``darkness``. On the CPU the result for an image does
+    not depend, to the last bit, on the batch it is in; whether a gradient is recorded changes it by up to 1e-5.
 
     Args:
         image: sRGB, shape (..., 3, H, W), uint8 or floating point in [0, 1]. NaN pixels stay NaN.
-        offset: (da, db) in CIELAB units (D65, 2 degree observer), shape (2,) for all images or (..., 2) with the
-            leading dimensions of ``image``.
-        preserve_white: whether to fade the offset out from L* = 60 to 97, and from 10 to 5.
+        shift: an offset (da, db) in CIELAB units (D65, 2 degree observer), shape (2,), or a map B, shape (2, 4), in the
+            same units; one for all images, or with the leading dimensions of ``image``: (..., 2) or (..., 2, 4).
+        preserve_white: whether to fade the shift out from L* = 60 to 97, and from 10 to 5.
+        darkness: factors of 100 - L*, at constant a*, b*: shape () or the leading dimensions of ``image``. Black keeps
+            its L* with ``preserve_white``.
 
     Returns:
         sRGB of the shape, dtype, device and memory format of ``image``. float64 is computed in float64, every other
@@ -93,48 +118,63 @@ def shift_ab(image: Tensor, offset: Tensor, preserve_white: bool = True) -> Tens
     """
     check_image(image)
     leading = image.shape[:-3]
-    if offset.shape[-1:] != (2,) or offset.shape[:-1] not in ((), leading):
+    end = (2, 4) if shift.shape[-1:] == (4,) else (2,)
+    # The lengths first: to compare a length of a batch, which may be a symbol, with 2 would fix it.
+    if not any(shift.ndim == len(shape) and shift.shape == shape for shape in (end, (*leading, *end))):
+        expected = f"(2,), (2, 4), {(*leading, 2)} or {(*leading, 2, 4)}" if leading else "(2,) or (2, 4)"
         raise ValueError(
-            f"expected an offset of shape (2,) or {(*leading, 2)} for an image of shape {tuple(image.shape)}, "
-            f"got {tuple(offset.shape)}"
+            f"expected a shift of shape {expected} for an image of shape {tuple(image.shape)}, got {tuple(shift.shape)}"
         )
+    if darkness is not None and darkness.shape not in ((), leading):
+        raise ValueError(f"expected darkness of shape () or {tuple(leading)}, got {tuple(darkness.shape)}")
 
-    offset = offset.to(image.device).expand(*leading, 2)
-    tracked = torch.is_grad_enabled() and (image.requires_grad or offset.requires_grad)
-    if eager_on_cpu(image, offset) and not tracked:
-        return _in_pieces(image, offset, preserve_white)
-    if image.device.type == "cuda" and is_eager(image, offset) and not tracked:
-        return _in_strips(image, offset, preserve_white)
-    moved = one_by_one(functools.partial(_at_once, preserve_white=preserve_white), image, offset)
+    rows = [shift.to(image.device).expand(*leading, *end)]
+    if darkness is not None:
+        rows.append(darkness.to(image.device).expand(leading))
+    tracked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (image, *rows))
+    if eager_on_cpu(image, *rows) and not tracked:
+        return _in_pieces(image, preserve_white, *rows)
+    if image.device.type == "cuda" and is_eager(image, *rows) and not tracked:
+        return _in_strips(image, preserve_white, *rows)
+    moved = one_by_one(functools.partial(_at_once, preserve_white), image, *rows)
     # vmap cannot write to what it does not map.
-    if moved.stride() == image.stride() or (not torch.compiler.is_compiling() and _is_wrapped(image, offset)):
+    if moved.stride() == image.stride() or (not torch.compiler.is_compiling() and _is_wrapped(image, *rows)):
         return moved
     return torch.empty_like(image).copy_(moved)
 
 
-def _in_pieces(image: Tensor, offset: Tensor, preserve_white: bool) -> Tensor:
+def _unmoved(image: Tensor, shift: Tensor, darkness: Tensor | None = None) -> Tensor:
+    """Which images stay as they are: (..., 1, 1, 1)."""
+    unmoved = (shift.flatten(image.ndim - 3) == 0).all(dim=-1)
+    if darkness is not None:
+        unmoved = unmoved & (darkness == 1)
+    return unmoved[..., None, None, None]
+
+
+def _in_pieces(image: Tensor, preserve_white: bool, *rows: Tensor) -> Tensor:
     out = torch.empty_like(image)
     width = image.shape[-1]
-    rows = min(max(1, _STRIP_PIXELS // width), image.shape[-2])
+    rows_of_strip = min(max(1, _STRIP_PIXELS // width), image.shape[-2])
     dtype = torch.promote_types(image.dtype, torch.float32)
-    scratch = torch.empty(9 * rows * width, dtype=dtype, device=image.device)
+    scratch = torch.empty(15 * rows_of_strip * width, dtype=dtype, device=image.device)
     for place in itertools.product(*map(range, image.shape[:-3])):
-        if not offset[place].any():
+        here = [row[place] for row in rows]
+        if _unmoved(image[place], *here):
             out[place] = image[place]
             continue
-        for strip, target in _strips(image[place], out[place], rows):
-            buffers = scratch[: 3 * strip.numel()].view(3, *strip.shape)
-            target.copy_(shift_batch(strip, offset[place], preserve_white, buffers))
+        for strip, target in _strips(image[place], out[place], rows_of_strip):
+            buffers = scratch[: 5 * strip.numel()].view(5, *strip.shape)
+            target.copy_(shift_batch(strip, preserve_white, *here, scratch=buffers))
     return out
 
 
-def _in_strips(image: Tensor, offset: Tensor, preserve_white: bool) -> Tensor:
+def _in_strips(image: Tensor, preserve_white: bool, *rows: Tensor) -> Tensor:
     """On CUDA: a strip of all images at a time, and no look at a value, which would wait for the device."""
     out = torch.empty_like(image)
     pixels = math.prod(image.shape[:-3]) * image.shape[-1]
-    unmoved = (offset == 0).all(dim=-1)[..., None, None, None]
+    unmoved = _unmoved(image, *rows)
     for strip, target in _strips(image, out, max(1, _CUDA_STRIP_PIXELS // max(1, pixels))):
-        target.copy_(torch.where(unmoved, strip, shift_batch(strip, offset, preserve_white)))
+        target.copy_(torch.where(unmoved, strip, shift_batch(strip, preserve_white, *rows)))
     return out
 
 
@@ -142,14 +182,36 @@ def _strips(image: Tensor, out: Tensor, rows: int) -> Iterator[tuple[Tensor, Ten
     return zip(torch.split(image, rows, dim=-2), torch.split(out, rows, dim=-2), strict=True)
 
 
-def _at_once(image: Tensor, offset: Tensor, preserve_white: bool) -> Tensor:
-    # NaN would reach the gradient of the offset, and by it every pixel.
+def _at_once(preserve_white: bool, image: Tensor, *rows: Tensor) -> Tensor:
+    # NaN would reach the gradient of the shift, and by it every pixel.
     holes = image.isnan().any(dim=-3, keepdim=True)
-    moved = shift_batch(torch.where(holes, 1, image), offset, preserve_white)
-    unmoved = (offset == 0).all(dim=-1)[..., None, None, None] | holes
+    moved = shift_batch(torch.where(holes, 1, image), preserve_white, *rows)
+    unmoved = _unmoved(image, *rows) | holes
     # The sum is the image, with the gradient of what moved.
     moved = torch.where(unmoved, torch.where(holes, 1, image).detach() + (moved - moved.detach()), moved)
     return torch.where(holes, torch.nan, moved).to(image.dtype) if image.is_floating_point() else moved
+
+
+def color_terms(lab: Tensor) -> Tensor:
+    """Z of a map for Lab images (..., 3, H, W): (..., 4, H, W)."""
+    z = [(channel - center) / MAP_UNIT for channel, center in zip(lab.unbind(-3), MAP_CENTER, strict=True)]
+    return torch.stack([torch.ones_like(z[0]), *z], dim=-3)
+
+
+def bounded(slopes: Tensor) -> Tensor:
+    """Slopes of a map (..., 2, 3), in its units, scaled down to norms of MAX_SLOPE where they are larger."""
+
+    def scaled(part: Tensor) -> Tensor:
+        limit = (MAX_SLOPE * MAP_UNIT) ** 2
+        # Smooth, and exactly 1 for what is within the bound.
+        return part * (limit / (part**2).sum(dim=(-1, -2), keepdim=True).clamp(min=limit)).sqrt()
+
+    return torch.cat([scaled(slopes[..., :1]), scaled(slopes[..., 1:])], dim=-1)
+
+
+def as_map(offset: Tensor) -> Tensor:
+    """The map (..., 2, 4) that gives every color the same offset (..., 2)."""
+    return torch.cat([offset[..., None], torch.zeros_like(offset)[..., None].expand(*offset.shape, 3)], dim=-1)
 
 
 def rgb_to_lab(image: Tensor) -> Tensor:
@@ -187,8 +249,8 @@ class _ConstantsOnce(TorchFunctionMode):
         return self._made[key]
 
 
-def shift_table(offset: Tensor, preserve_white: bool = True) -> Tensor:
-    """What ``shift_ab`` makes of every uint8 color, by an offset (2,): int32, shape (2**24,), 64 MiB.
+def shift_table(shift: Tensor, preserve_white: bool = True) -> Tensor:
+    """What ``shift_ab`` makes of every uint8 color, by an offset (2,) or a map (2, 4): int32, shape (2**24,), 64 MiB.
 
     The entry for (R, G, B) is at R + 256 G + 65536 B, and is packed in the same way: as the bytes R, G, B, 0 lie in
     memory.
@@ -198,7 +260,7 @@ def shift_table(offset: Tensor, preserve_white: bool = True) -> Tensor:
     table = torch.empty(256, TABLE_SIZE // 256, dtype=torch.int32, device="cpu")
     for blue, row in enumerate(table):
         colors = torch.stack([red, green, torch.full_like(red, blue)])
-        _pack(shift_ab(colors, offset, preserve_white).flatten(1), row)
+        _pack(shift_ab(colors, shift, preserve_white).flatten(1), row)
     return table.flatten()
 
 
@@ -232,19 +294,39 @@ def _pack(colors: Tensor, out: Tensor) -> None:
 
 
 def fade(lightness: Tensor, out: Tensor | None = None, spare: Tensor | None = None) -> Tensor:
-    """Share of an offset that a pixel of this L* takes, in [0, 1], where white and black are preserved.
+    """Share of a shift that a pixel of this L* takes, in [0, 1], where white and black are preserved.
 
     ``out`` may be ``lightness`` itself, ``spare`` not.
     """
-    dark, pale = FULL_LIGHTNESS
-    of_black = torch.mul(torch.sub(lightness, BLACK_LIGHTNESS, out=spare), 1 / (dark - BLACK_LIGHTNESS), out=spare)
-    of_white = torch.mul(torch.sub(WHITE_LIGHTNESS, lightness, out=out), 1 / (WHITE_LIGHTNESS - pale), out=out)
-    return torch.clamp(torch.minimum(of_black, of_white, out=out), 0, 1, out=out)
+    pale = FULL_LIGHTNESS[1]
+    above_black = _above_black(lightness, out=spare)
+    below_white = torch.mul(torch.sub(WHITE_LIGHTNESS, lightness, out=out), 1 / (WHITE_LIGHTNESS - pale), out=out)
+    return torch.clamp(torch.minimum(above_black, below_white, out=out), 0, 1, out=out)
+
+
+def _above_black(lightness: Tensor, out: Tensor | None = None) -> Tensor:
+    dark = FULL_LIGHTNESS[0]
+    return torch.mul(torch.sub(lightness, BLACK_LIGHTNESS, out=out), 1 / (dark - BLACK_LIGHTNESS), out=out)
 
 
 def random_offset(shape: Sequence[int], max_offset: float, generator: torch.Generator | None = None) -> Tensor:
     """(da, db) uniform in [-max_offset, max_offset], independently: shape (*shape, 2)."""
     return (2 * torch.rand(*shape, 2, generator=generator, dtype=torch.float32) - 1) * max_offset
+
+
+def random_slopes(shape: Sequence[int], slope: float, generator: torch.Generator | None = None) -> Tensor:
+    """Random slopes of maps, (*shape, 2, 3): normal, those of a* on a* and b* on b* with the deviation ``slope``.
+
+    The deviation of a* on b* and b* on a* is 2/3 of it, that on L* 5/6. They are bounded as all slopes are.
+    """
+    normal = torch.randn(*shape, 2, 3, generator=generator, dtype=torch.float32)
+    deviation = normal.new_tensor([[5 / 6, 1, 2 / 3], [5 / 6, 2 / 3, 1]]) * (slope * MAP_UNIT)
+    return bounded(normal * deviation)
+
+
+def random_darkness(shape: Sequence[int], spread: float, generator: torch.Generator | None = None) -> Tensor:
+    """Factors of darkness, log-uniform from exp(-spread) to exp(spread): shape ``shape``."""
+    return torch.exp((2 * torch.rand(tuple(shape), generator=generator, dtype=torch.float32) - 1) * spread)
 
 
 def check_image(image: Tensor) -> None:
@@ -278,14 +360,14 @@ def one_by_one(function: Callable[..., Tensor], image: Tensor, *rows: Tensor) ->
     leave the cache.
 
     Args:
-        function: takes (N, 3, H, W) and for each of ``rows`` (N, K), and returns (N, ...).
+        function: takes (N, 3, H, W) and for each of ``rows`` (N, ...), and returns (N, ...).
         image: shape (..., 3, H, W).
-        rows: shape (..., K), with the leading dimensions of ``image``.
+        rows: with the leading dimensions of ``image``.
     """
     leading = image.shape[:-3]
     count = math.prod(leading)
     batch = image.reshape(count, *image.shape[-3:])
-    flat = [row.reshape(count, row.shape[-1]) for row in rows]
+    flat = [row.reshape(count, *row.shape[len(leading) :]) for row in rows]
     if eager_on_cpu(image, *rows) and count > 1:
         out = torch.cat([function(*(rows[i : i + 1] for rows in (batch, *flat))) for i in range(count)])
     else:
@@ -323,20 +405,27 @@ def _is_wrapped(*tensors: Tensor) -> bool:
     return False
 
 
-def shift_batch(image: Tensor, offset: Tensor, preserve_white: bool, scratch: Tensor | None = None) -> Tensor:
-    """``shift_ab`` of images (..., 3, H, W) by offsets (..., 2), unchecked and all at once.
+def shift_batch(
+    image: Tensor,
+    preserve_white: bool,
+    shift: Tensor,
+    darkness: Tensor | None = None,
+    *,
+    scratch: Tensor | None = None,
+) -> Tensor:
+    """``shift_ab`` of images (..., 3, H, W) by offsets (..., 2) or maps (..., 2, 4), unchecked and all at once.
 
-    With ``scratch``, floating point of shape (3, *image.shape), every step writes there: fresh memory costs more than
+    With ``scratch``, floating point of shape (5, *image.shape), every step writes there: fresh memory costs more than
     the arithmetic. The result then lies there too, for uint8 as int32, and has no gradient.
     """
     # Without scratch these are None, and a step with out=None makes a new tensor.
-    a, b, c = (None,) * 3 if scratch is None else scratch
+    a, b, c, d, e = (None,) * 5 if scratch is None else scratch
     a0, a1, a2 = (None,) * 3 if a is None else a.unbind(-3)
     c0, c1, c2 = (None,) * 3 if c is None else c.unbind(-3)
+    d0, d1, d2 = (None,) * 3 if d is None else d.unbind(-3)
+    e0, e1, e2 = (None,) * 3 if e is None else e.unbind(-3)
 
     dtype = torch.promote_types(image.dtype, torch.float32)
-    d_fx, d_fz = (offset.to(image.device, dtype)[..., None, None] / divisor for divisor in (500, -200))
-    d_fx, d_fz = d_fx[..., 0, :, :], d_fz[..., 1, :, :]
     if image.dtype == torch.uint8 and a is not None and b is not None:
         level = a.view(torch.int32).copy_(image)
         linear = torch.index_select(_linear_levels(), 0, level.view(-1), out=b.view(-1)).view_as(b)
@@ -345,25 +434,39 @@ def shift_batch(image: Tensor, offset: Tensor, preserve_white: bool, scratch: Te
         work = work / 255 if image.dtype == torch.uint8 else torch.clamp(work, 0, 1, out=a)
         linear = _decode(work, out=b, spare=a)
     red, green, blue = linear.unbind(-3)
-    if preserve_white:
-        f_y = _f(_weighted(_M[1], (red, green, blue), out=a0), out=a1, spare=a0)
-        share = fade(torch.sub(torch.mul(f_y, 116, out=a1), 16, out=a1), out=a1, spare=a0)
-        d_fx, d_fz = torch.mul(share, d_fx, out=a0), torch.mul(share, d_fz, out=a1)
 
-    x = _weighted(_M[0], (red, green, blue), out=c0)
-    f_x = torch.add(_f(x, out=c1, spare=a2), d_fx, out=c1)
+    x, y, z = (_weighted(row, (red, green, blue), out=out) for row, out in zip(_M, (c0, e1, a0), strict=True))
+    f_x, f_y, f_z = (_f(t, out, spare=a2) for t, out in ((x, c1), (y, a1), (z, c2)))
+    of_x, of_z = (
+        _of_color(terms, (f_x, f_y, f_z), out)
+        for terms, out in zip(_terms(shift, dtype, image.device), (d1, d2), strict=True)
+    )
+    share = None
+    if preserve_white:
+        share = fade(torch.sub(torch.mul(f_y, 116, out=d0), 16, out=d0), out=d0, spare=a2)
+    d_y: Tensor | None = None
+    if darkness is not None:
+        factor = darkness.to(image.device, dtype)[..., None, None]
+        step = torch.mul(torch.sub(f_y, 1, out=e0), factor - 1, out=e0)
+        if preserve_white:
+            lightness = torch.sub(torch.mul(f_y, 116, out=e2), 16, out=e2)
+            step = torch.mul(step, torch.clamp(_above_black(lightness, out=e2), 0, 1, out=e2), out=e0)
+        darker = torch.clamp(torch.add(f_y, step, out=e2), min=_F_BLACK, out=e2)
+        step = torch.sub(darker, f_y, out=e0)
+        f_x, f_z = torch.add(f_x, step, out=c1), torch.add(f_z, step, out=c2)
+        d_y = torch.sub(_f_inverse(darker, out=a2, spare=e2), y, out=e1)
+    f_x, f_z = _add_share(f_x, share, of_x, out=c1), _add_share(f_z, share, of_z, out=c2)
     d_x = torch.sub(_f_inverse(f_x, out=a2, spare=c1), x, out=c0)
-    z = _weighted(_M[2], (red, green, blue), out=c1)
-    f_z = torch.add(_f(z, out=c2, spare=a2), d_fz, out=c2)
     # As in kornia and scikit-image, f(Z) stops at 0.
-    f_z = torch.clamp(f_z, min=0, out=c2)
-    d_z = torch.sub(_f_inverse(f_z, out=a2, spare=c2), z, out=c1)
+    d_z = torch.sub(_f_inverse(torch.clamp(f_z, min=0, out=c2), out=a2, spare=c2), z, out=a0)
 
     moved = []
     for row, channel in zip(_M_INV, (red, green, blue), strict=True):
         target = None if b is None else channel
-        with_x = torch.add(channel, d_x, alpha=row[0], out=target)
-        moved.append(torch.add(with_x, d_z, alpha=row[2], out=target))
+        for weight, moved_by in zip(row, (d_x, d_y, d_z), strict=True):
+            if moved_by is not None:
+                channel = torch.add(channel, moved_by, alpha=weight, out=target)
+        moved.append(channel)
     linear = torch.stack(moved, dim=-3) if b is None else b
     result = torch.clamp(_encode(linear, out=a, spare=b), 0, 1, out=a)
     if image.dtype == torch.uint8:
@@ -372,6 +475,30 @@ def shift_batch(image: Tensor, offset: Tensor, preserve_white: bool, scratch: Te
             # From float to uint8 at once is slower.
             return c.view(torch.int32).copy_(result)
     return result if a is not None else result.to(image.dtype)
+
+
+def _terms(shift: Tensor, dtype: torch.dtype, device: torch.device) -> Iterator[Sequence[Tensor]]:
+    """What a shift adds to f(X) and f(Z): a constant and, for a map, weights of f(X), f(Y) and f(Z), (..., 1, 1)."""
+    shift = shift.to(device, dtype)
+    if shift.shape[-1] == 2:
+        columns = [shift]
+    else:
+        columns = [_weighted(weights, shift.unbind(-1)) for weights in zip(*_Z_OF_F, strict=True)]
+    for channel, divisor in enumerate((500, -200)):
+        yield [column[..., channel, None, None] / divisor for column in columns]
+
+
+def _of_color(terms: Sequence[Tensor], values: Sequence[Tensor], out: Tensor | None) -> Tensor:
+    total = terms[0]
+    for term, value in zip(terms[1:], values, strict=False):
+        total = torch.addcmul(total, value, term, out=out)
+    return total
+
+
+def _add_share(value: Tensor, share: Tensor | None, other: Tensor, out: Tensor | None) -> Tensor:
+    if share is None:
+        return torch.add(value, other, out=out)
+    return torch.addcmul(value, share, other, out=out)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""From an image to its offset: a small copy, its tissue, and the mean of the network's map over the tissue."""
+"""From an image to its color map: a small copy, its tissue, and the fit of the network's output over the tissue."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stainnorm_transform.color import is_eager, one_by_one, rgb_to_lab, without_autocast
+from stainnorm_transform.color import (
+    as_map,
+    bounded,
+    color_terms,
+    fade,
+    is_eager,
+    one_by_one,
+    rgb_to_lab,
+    without_autocast,
+)
 from stainnorm_transform.network import ColorNormNet, FrozenColorNormNet
 
 Network: TypeAlias = ColorNormNet | FrozenColorNormNet
@@ -36,78 +45,111 @@ TISSUE_CHROMA = 5.0
 TISSUE_TEXTURE = 0.02
 # An image with a smaller share of tissue than this has none: dust, a cover slip's edge.
 TISSUE_SHARE = 0.02
-# Dark tissue weighs more, by this power: the color of its dense stain varies least from slide to slide of one lab.
-DARKNESS_POWER = 2.0
+# Added to the variances of the tissue's colors, in the units of a map: where colors hardly differ, slopes fade to 0.
+RIDGE = 0.02
 # Tiles of a slide are usually this far from the median, in Lab units, or more; far ones this many times as far.
 OUTLIER_SPREAD = 1.0
 OUTLIER = 4.0
 
 
-def estimate_offset(network: Network, image: Tensor, dense: bool = False) -> Tensor:
-    """Estimates how far images are from the network's target: the weighted mean of its map over the tissue.
+def tissue_sums(network: Network, image: Tensor, preserve_white: bool = True, dense: bool = False) -> Tensor:
+    """What a color map is fitted to, of each image; sums of several, in proportion to their pixels, make one map.
+
+    The network's output for a pixel of color z (see ``color_terms``), which takes the share w of a shift, is about
+    ``w B z`` for a map B. Dark tissue weighs more: the color of its dense stain varies least from slide to slide.
 
     Args:
         network: a trained ColorNormNet in eval mode, or a FrozenColorNormNet.
         image: sRGB, shape (..., 3, H, W), uint8 or floating point in [0, 1]. NaN counts as white.
-        dense: whether the mean is over the map at every pixel: over the copies that begin at each pixel of the first.
+        preserve_white: as the network was trained.
+        dense: whether every pixel counts: the copies that begin at each pixel of the first small copy.
 
     Returns:
-        (0, a*, b*) in Lab units, shape (..., 3), float32. L* is never moved. Exactly 0 for an image without tissue.
+        Means over the image, weighted by tissue, of the products of w z with w z and with the output (a*, b*): shape
+        (..., 6, 4), float32, all 0 without tissue.
     """
     if not dense:
-        return mean_offset(tissue_sums(network, image))
+        return _sums_of(network, image, preserve_white)
     side = _side(image)
     corners = (range(min(-(-2 * side // COPY_SIDE), length)) for length in image.shape[-2:])
-    total = torch.zeros(*image.shape[:-3], 3, dtype=torch.float32, device=image.device)
+    total = torch.zeros(*image.shape[:-3], 6, 4, dtype=torch.float32, device=image.device)
     for top, left in itertools.product(*corners):
         window = image[..., top:, left:]
         pixels = math.prod(_length(_length(length, side, COPY_SIDE), 2) for length in window.shape[-2:])
-        total += pixels * tissue_sums(network, window, side)
-    return mean_offset(total)
+        total += pixels * _sums_of(network, window, preserve_white, side)
+    return total
 
 
-def mean_offset(sums: Tensor) -> Tensor:
-    """(0, a*, b*) from the sums of ``tissue_sums``: (..., 3), and 0 where there is no tissue."""
-    values, weight = sums[..., :2], sums[..., 2:]
-    return F.pad(torch.where(weight > 0, values / weight.clamp(min=1e-9), 0), (1, 0))
+def map_of(sums: Tensor, slopes: bool = True) -> Tensor:
+    """The color map that fits ``tissue_sums`` best: (..., 2, 4), see ``color.shift_ab``, 0 where there is no tissue.
+
+    It is a ridge regression, whose slopes are bounded. Without ``slopes`` it is the offset alone.
+    """
+    moments = _moments(sums)
+    mean, offset = moments[..., :1, 1:], moments[..., 4:, :1]
+    if not slopes:
+        return as_map(offset[..., 0])
+    covariance = moments[..., 1:4, 1:] - mean.mT * mean
+    covariance = covariance + RIDGE * torch.eye(3, dtype=sums.dtype, device=sums.device)
+    # The inverse by cross products, which every exporter knows and no device has to wait for.
+    cofactors = torch.linalg.cross(covariance.roll(-1, dims=-2), covariance.roll(-2, dims=-2))
+    determinant = (covariance * cofactors).sum(dim=-1, keepdim=True)[..., :1, :]
+    with without_autocast(sums):
+        fitted = bounded((moments[..., 4:, 1:] - offset * mean) @ (cofactors / determinant))
+    constant = offset - (fitted * mean).sum(dim=-1, keepdim=True)
+    return torch.cat([constant, fitted], dim=-1)
 
 
-def robust_mean_offset(sums: Tensor) -> Tensor:
-    """(0, a*, b*) of many tiles of a slide, from the ``tissue_sums`` of each, (N, 3): shape (3,), 0 without tissue.
+def offset_of(sums: Tensor) -> Tensor:
+    """What the map of ``tissue_sums`` does to the mean color of the tissue: (..., 2), and 0 where there is none."""
+    return _moments(sums)[..., 4:, 0]
+
+
+def mean_terms(sums: Tensor) -> Tensor:
+    """Z (see ``color_terms``) of the mean color of the tissue: (..., 4); that of the first column of a map without."""
+    return F.pad(_moments(sums)[..., 0, 1:], (1, 0), value=1.0)
+
+
+def _moments(sums: Tensor) -> Tensor:
+    weight = sums[..., :1, :1]
+    return torch.where(weight > 0, sums / weight.clamp(min=1e-9), 0)
+
+
+def robust_sum(sums: Tensor) -> Tensor:
+    """Of the ``tissue_sums`` of many tiles of a slide, (N, 6, 4), the sum: (6, 4).
 
     Tiles whose own offset is far from the median of all, more than OUTLIER times as far as is usual in the slide, do
     not count: pen on tissue, folds, dirt.
     """
-    sums = sums[sums[:, 2] > 0]
+    sums = sums[sums[:, 0, 0] > 0]
     if len(sums):
-        offsets = mean_offset(sums)
+        offsets = offset_of(sums)
         distance = (offsets - offsets.median(dim=0).values).norm(dim=1)
         sums = sums[distance <= OUTLIER * distance.median().clamp(min=OUTLIER_SPREAD)]
-    return mean_offset(sums.sum(dim=0))
+    return sums.sum(dim=0)
 
 
-def tissue_sums(network: Network, image: Tensor, side: int | None = None) -> Tensor:
-    """Weighted a* and b* of the map and the weight, as means over each image: (..., 3), all 0 without tissue.
-
-    ``side`` is for ``small_copy``.
-    """
-
+def _sums_of(network: Network, image: Tensor, preserve_white: bool, side: int | None = None) -> Tensor:
     def one_batch(batch: Tensor) -> Tensor:
-        return sums_of_copies(network, small_copy(batch, side))
+        return sums_of_copies(network, small_copy(batch, side), preserve_white)
 
     with without_autocast(image):
         return one_by_one(one_batch, image)
 
 
-def sums_of_copies(network: Network, copies: Tensor) -> Tensor:
+def sums_of_copies(network: Network, copies: Tensor, preserve_white: bool = True) -> Tensor:
     """As ``tissue_sums``, for what ``small_copy`` returned."""
     weight = tissue_weight(rgb_to_lab(copies))
     weight = _area_mean(weight * _enough(weight), 2)
-    offsets = network(rgb_to_lab(_area_mean(copies, 2)))[:, 1:]
-    weighted = weight * torch.cat([offsets, torch.ones_like(weight)], dim=1)
+    lab = rgb_to_lab(_area_mean(copies, 2))
+    terms = color_terms(lab)
+    if preserve_white:
+        terms = terms * fade(lab[:, :1])
+    values = torch.cat([terms, network(lab)[:, 1:]], dim=1)
     # The order of a float64 sum does not show in float32; mps has none.
-    precise = weighted if weighted.device.type == "mps" else weighted.double()
-    return precise.mean(dim=(-1, -2)).float()
+    dtype = torch.float32 if lab.device.type == "mps" else torch.float64
+    products = (weight * values).flatten(2).to(dtype) @ terms.flatten(2).to(dtype).mT
+    return (products / (lab.shape[-2] * lab.shape[-1])).float()
 
 
 def has_tissue(copies: Tensor) -> Tensor:
@@ -203,7 +245,7 @@ def tissue_weight(lab: Tensor) -> Tensor:
         textured = _box_sum((lightness - local_mean).abs() - TISSUE_TEXTURE * (100 - lightness), 9) > 0
         low, high = TISSUE_LIGHTNESS
         tissue = (lightness > low) & (chroma > TISSUE_CHROMA**2) & textured
-        return tissue * ((high - lightness) / (high - low)).clamp(0, 1) ** DARKNESS_POWER
+        return tissue * ((high - lightness) / (high - low)).clamp(0, 1)
 
 
 def _box_sum(image: Tensor, size: int) -> Tensor:

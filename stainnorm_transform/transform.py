@@ -22,16 +22,19 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from stainnorm_transform import weights as weights_files
 from stainnorm_transform.color import (
     TABLE_SIZE,
+    as_map,
     check_image,
     eager_on_cpu,
     image_of,
     is_eager,
     look_up,
+    random_darkness,
     random_offset,
+    random_slopes,
     shift_ab,
     shift_table,
 )
-from stainnorm_transform.estimate import estimate_offset, mean_offset, tissue_sums
+from stainnorm_transform.estimate import map_of, mean_terms, tissue_sums
 from stainnorm_transform.network import ColorNormNet, FrozenColorNormNet
 from stainnorm_transform.resources import safe_after_fork
 
@@ -40,6 +43,9 @@ _TABLES = 2
 _tables: dict[tuple[float, ...], Tensor] = {}
 # Threads make a table once; several at a time would compete for memory.
 _making_a_table = threading.Lock()
+
+# What of a NormalizeStain is no tensor, and what kind.
+_EXTRA: dict[str, type] = {"preserve_white": bool, "slopes": bool, "target": str, "recipe": str}
 
 _LIBRARIES = ("stainnorm_transform", "torch", "torchvision")
 _NO_TORCHSCRIPT = (
@@ -81,7 +87,7 @@ class _ImageTransform(v2.Transform):
 
 
 class NormalizeStain(_ImageTransform):
-    """Makes H&E images look like the target's: estimates the a*, b* offset of each and takes it away.
+    """Makes H&E images look like the target's: estimates how far the colors of each are shifted, and takes that away.
 
     For PIL images (RGB), uint8 tensors, floating point tensors in [0, 1], ``tv_tensors.Image`` and ``Video``, of shape
     (..., 3, H, W), alone or in nested samples, whose masks and boxes (as tv_tensors) and labels pass through. The
@@ -89,9 +95,10 @@ class NormalizeStain(_ImageTransform):
     in sRGB. An image without tissue comes back unchanged, and with ``preserve_white`` so do white
     glass and black.
 
-    Every image has its own offset, unless ``offset`` or ``for_slide`` fixes one for all. Then, from 2**24 pixels on,
-    uint8 images on the CPU go through a table of all colors: the same result but for rare rounding, several times as
-    fast, for some tenths of a second and 64 MiB in each process, which keeps the last two tables.
+    The shift is one color map for an image: an offset in a*, b* that depends on the color alone, see ``shift_ab``.
+    Every image has its own, unless ``for_slide``, ``with_map`` or ``with_offset`` fixes one for all. Then, from 2**24
+    pixels on, uint8 images on the CPU go through a table of all colors: the same result but for rare rounding, several
+    times as fast, for some tenths of a second and 64 MiB in each process, which keeps the last two tables.
 
     The network is a frozen copy, float32, all buffers, no parameters and no layers: training, unfreezing, initializing,
     pruning, ``half`` and autocast of the model around it do not change it. Gradients reach the input. All that
@@ -100,9 +107,10 @@ class NormalizeStain(_ImageTransform):
     Args:
         network: a trained ColorNormNet, which is copied.
         preserve_white: as the network was trained, see ``shift_ab``.
+        slopes: whether maps have slopes, as for networks that were trained on such; otherwise they are one offset.
         target: name of the target, for ``repr``.
         recipe: how the network was trained, for ``repr``.
-        offset: (L*, a*, b*) in Lab units to take away from every image instead of an estimate; L* is not used.
+        fixed_map: the map (2, 4) to take away from every image instead of an estimate.
 
     Raises:
         TypeError: on a call, if the sample holds no image, or one that is neither uint8 nor floating point.
@@ -114,7 +122,7 @@ class NormalizeStain(_ImageTransform):
         torch.Size([2, 3, 64, 64])
     """
 
-    offset: Tensor | None
+    fixed_map: Tensor | None
 
     # Tensors made in inference mode could not pass gradients later.
     @torch.inference_mode(False)
@@ -123,27 +131,23 @@ class NormalizeStain(_ImageTransform):
         network: ColorNormNet | FrozenColorNormNet,
         preserve_white: bool = True,
         *,
+        slopes: bool = True,
         target: str = "unnamed",
         recipe: str = "",
-        offset: Tensor | None = None,
+        fixed_map: Tensor | None = None,
     ) -> None:
         super().__init__()
         if type(network) not in (ColorNormNet, FrozenColorNormNet):
             hint = ": pretrained() takes a name or a path" if isinstance(network, str | os.PathLike) else ""
             raise TypeError(f"expected a ColorNormNet, and no other class, got {type(network).__name__}{hint}")
-        if offset is not None:
-            if not isinstance(offset, Tensor):
-                raise TypeError(f"expected an offset tensor, got {type(offset).__name__}")
-            if offset.shape != (3,):
-                raise ValueError(f"expected an offset of shape (3,), got {tuple(offset.shape)}")
-            if is_eager(offset) and not offset.isfinite().all():
-                raise ValueError(f"expected a finite offset, got {offset.tolist()}")
-            offset = offset.detach().clone().float().to(network.device)
+        if fixed_map is not None:
+            fixed_map = _checked(fixed_map, "map", (2, 4)).detach().clone().float().to(network.device)
         self.network = FrozenColorNormNet(network)
         self.preserve_white = preserve_white
+        self.slopes = slopes
         self.target = target
         self.recipe = recipe
-        self.register_buffer("offset", offset)
+        self.register_buffer("fixed_map", fixed_map)
         self._pixels = 0
         self.eval()
 
@@ -157,35 +161,54 @@ class NormalizeStain(_ImageTransform):
         """
         loaded = weights_files.load(weights)
         recipe = ", ".join(f"{key}={value}" for key, value in loaded.config.items() if key != "preserve_white")
-        return cls(loaded.network, loaded.config["preserve_white"], target=loaded.target, recipe=recipe)
+        return cls(
+            loaded.network,
+            loaded.config["preserve_white"],
+            slopes=loaded.config["slope"] > 0,
+            target=loaded.target,
+            recipe=recipe,
+        )
 
-    def estimate_offset(self, images: Tensor | PIL.Image.Image, dense: bool = False) -> Tensor:
-        """The offsets that normalizing takes away: (0, a*, b*) in Lab units, (..., 3) for images (..., 3, H, W).
+    def estimate_map(self, images: Tensor | PIL.Image.Image, dense: bool = False) -> Tensor:
+        """The color maps that normalizing takes away, see ``shift_ab``: (..., 2, 4) for images (..., 3, H, W).
 
         Args:
             images: as for a call.
-            dense: whether the network's map is averaged over every pixel, as in the paper, rather than over those of a
-                small copy. It costs up to 256 times as much, for a difference that is seldom seen.
+            dense: whether the fit is to every pixel, rather than to those of a small copy. It costs up to 256 times as
+                much, for a difference that is seldom seen.
         """
         with safe_after_fork():
-            return self._offset_of(_to_tensor(images), dense)
+            return self._map_of(_to_tensor(images), dense)
 
-    def _offset_of(self, image: Tensor, dense: bool = False) -> Tensor:
-        if self.offset is not None:
-            return self.offset.repeat(*image.shape[:-3], 1)
-        return estimate_offset(self.network, image, dense)
+    def estimate_offset(self, images: Tensor | PIL.Image.Image, dense: bool = False) -> Tensor:
+        """What normalizing takes away from the mean color of the tissue: (0, a*, b*) in Lab units, (..., 3).
+
+        Of a fixed map, what it takes away from the mean color of the images' tissue, or from a usual one without any.
+        Arguments as for ``estimate_map``.
+        """
+        with safe_after_fork():
+            image = _to_tensor(images)
+            sums = tissue_sums(self.network, image, self.preserve_white, dense)
+            color_map = map_of(sums, self.slopes) if self.fixed_map is None else self.fixed_map
+            offset = (color_map * mean_terms(sums)[..., None, :]).sum(dim=-1)
+            return torch.nn.functional.pad(offset, (1, 0))
+
+    def _map_of(self, image: Tensor, dense: bool = False) -> Tensor:
+        if self.fixed_map is not None:
+            return self.fixed_map.repeat(*image.shape[:-3], 1, 1)
+        return map_of(tissue_sums(self.network, image, self.preserve_white, dense), self.slopes)
 
     @torch.no_grad()
     def for_slide(self, tiles: Any) -> NormalizeStain:
-        """A new transform with one fixed offset for all tiles of a slide, so that no seams appear between them.
+        """A new transform with one fixed map for all tiles of a slide, so that no seams appear between them.
 
         Args:
             tiles: images of the slide, of any sizes: a batch, a list, batches from a data loader, or a ``SlideTiles``
                 that does not normalize; also dicts with them as ``image``, as that yields. A few dozen do.
 
         Returns:
-            A NormalizeStain that takes away the mean of the network's map over the tissue of all tiles, or nothing
-            where none has tissue.
+            A NormalizeStain that takes away the map that fits the tissue of all tiles, or nothing where none has
+            tissue.
 
         Raises:
             TypeError: something else than images, such as (image, label) pairs.
@@ -194,7 +217,7 @@ class NormalizeStain(_ImageTransform):
         tiles = image_of(tiles)
         if isinstance(tiles, PIL.Image.Image) or (isinstance(tiles, Tensor) and tiles.ndim == 3):
             raise TypeError("expected a batch or a list of tiles, got one image: put it in a list")
-        total = torch.zeros(3, dtype=torch.float32, device=self.network.device)
+        total = torch.zeros(6, 4, dtype=torch.float32, device=self.network.device)
         seen = 0
         for sample in tiles:
             tile = image_of(sample)
@@ -203,15 +226,34 @@ class NormalizeStain(_ImageTransform):
             image = _to_tensor(tile)
             pixels = image.shape[-2] * image.shape[-1]
             with safe_after_fork():
-                total += pixels * tissue_sums(self.network, image).reshape(-1, 3).sum(dim=0)
+                total += pixels * tissue_sums(self.network, image, self.preserve_white).reshape(-1, 6, 4).sum(dim=0)
             seen += math.prod(image.shape[:-3])
         if not seen:
             raise ValueError("expected at least one tile, got none")
-        return self.with_offset(mean_offset(total))
+        return self.with_map(map_of(total, self.slopes))
+
+    def with_map(self, color_map: Tensor) -> NormalizeStain:
+        """A new transform to the same target that takes this map (2, 4) away from every image.
+
+        Raises:
+            TypeError: it is no tensor.
+            ValueError: it has another shape, or is not finite.
+        """
+        return NormalizeStain(
+            self.network,
+            self.preserve_white,
+            slopes=self.slopes,
+            target=self.target,
+            recipe=self.recipe,
+            fixed_map=color_map,
+        )
 
     def with_offset(self, offset: Tensor) -> NormalizeStain:
-        """A new transform to the same target that takes this offset away from every image: (L*, a*, b*), Lab units."""
-        return NormalizeStain(self.network, self.preserve_white, target=self.target, recipe=self.recipe, offset=offset)
+        """A new transform to the same target that takes this offset away from every image: (L*, a*, b*), Lab units.
+
+        L* is not used. Raises as ``with_map`` does.
+        """
+        return self.with_map(as_map(_checked(offset, "offset", (3,))[1:]))
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         return _like(inpt, self._normalize)
@@ -220,13 +262,13 @@ class NormalizeStain(_ImageTransform):
         table = self._table_for(image)
         if table is not None:
             return look_up(image, table)
-        return shift_ab(image, -self._offset_of(image)[..., 1:], self.preserve_white)
+        return shift_ab(image, -self._map_of(image), self.preserve_white)
 
     def _table_for(self, image: Tensor) -> Tensor | None:
-        """The table of all colors for a fixed offset, made after as many pixels as it has entries."""
-        if self.offset is None or image.dtype != torch.uint8 or not eager_on_cpu(image, self.offset):
+        """The table of all colors for a fixed map, made after as many pixels as it has entries."""
+        if self.fixed_map is None or image.dtype != torch.uint8 or not eager_on_cpu(image, self.fixed_map):
             return None
-        key = (*self.offset.tolist(), self.preserve_white)
+        key = (*self.fixed_map.flatten().tolist(), self.preserve_white)
         table = _tables.get(key)
         if table is None:
             self._pixels += image.numel() // 3
@@ -235,7 +277,7 @@ class NormalizeStain(_ImageTransform):
                 try:
                     table = _tables.get(key)
                     if table is None:
-                        table = shift_table(-self.offset[1:].cpu(), self.preserve_white)
+                        table = shift_table(-self.fixed_map.cpu(), self.preserve_white)
                         while len(_tables) >= _TABLES:
                             del _tables[next(iter(_tables))]
                         _tables[key] = table
@@ -246,7 +288,7 @@ class NormalizeStain(_ImageTransform):
 
     def get_extra_state(self) -> Tensor:
         """What is no tensor, as the bytes of JSON, so that formats without pickle can hold it."""
-        extra = {"preserve_white": self.preserve_white, "target": self.target, "recipe": self.recipe}
+        extra = {name: getattr(self, name) for name in _EXTRA}
         return torch.tensor(list(json.dumps(extra).encode()), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -260,22 +302,26 @@ class NormalizeStain(_ImageTransform):
         try:
             # Averages of states are floating point.
             extra = json.loads(bytes(state.to(torch.uint8).tolist()))
-            preserve_white, target, recipe = (extra[name] for name in ("preserve_white", "target", "recipe"))
+            values = {name: kind(extra[name]) for name, kind in _EXTRA.items()}
         except (ValueError, KeyError, TypeError) as error:
             raise RuntimeError("the _extra_state in the state is not that of a NormalizeStain") from error
-        self.preserve_white, self.target, self.recipe = bool(preserve_white), str(target), str(recipe)
+        for name, value in values.items():
+            setattr(self, name, value)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        # Whether an offset is fixed is part of the state.
-        if any(name.startswith(f"{prefix}network.") for name in state_dict):
-            fixed = f"{prefix}offset" in state_dict
-            self.offset = torch.zeros(3, dtype=torch.float32, device=self.network.device) if fixed else None
         if f"{prefix}network.stem.weight" in state_dict:
-            # A state of version 0.1.0 does not say more.
+            # States of version 0.1.0, which had offsets only, do not say more.
+            if (offset := state_dict.pop(f"{prefix}offset", None)) is not None:
+                state_dict[f"{prefix}fixed_map"] = as_map(offset[1:])
+            self.slopes = False
             state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())
+        # Whether a map is fixed is part of the state.
+        if any(name.startswith(f"{prefix}network.") for name in state_dict):
+            fixed = f"{prefix}fixed_map" in state_dict
+            self.fixed_map = torch.zeros(2, 4, dtype=torch.float32, device=self.network.device) if fixed else None
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        if self.offset is not None:
-            self.offset = self.offset.detach().float()
+        if self.fixed_map is not None:
+            self.fixed_map = self.fixed_map.detach().float()
 
     def train(self, mode: bool = True) -> NormalizeStain:
         """Stays in eval mode, whatever ``mode``."""
@@ -283,60 +329,90 @@ class NormalizeStain(_ImageTransform):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NormalizeStain:
-        # model.half() and the like move the network to another device but leave it in float32.
-        def keep_dtype(tensor: Tensor) -> Tensor:
+        # model.half() and the like move the network to another device but leave it in float32, and in its layout.
+        def keep_kind(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+            if moved.dtype != tensor.dtype:
+                return tensor.to(moved.device)
+            # As a vector first: a kernel of one pixel passes for contiguous in any layout.
+            return moved if moved.stride() == tensor.stride() else moved.contiguous().view(-1).view(tensor.shape)
 
-        super()._apply(keep_dtype, recurse)
+        super()._apply(keep_kind, recurse)
         return self
 
     def __repr__(self) -> str:
         parts = [f"target={self.target!r}", f"preserve_white={self.preserve_white}"]
-        if self.offset is not None:
-            parts.append("offset=({:.2f}, {:.2f}, {:.2f})".format(*self.offset.tolist()))
+        if self.fixed_map is not None:
+            rows = (", ".join(f"{value:.2f}" for value in row) for row in self.fixed_map.tolist())
+            parts.append(f"fixed_map=[{', '.join(f'[{row}]' for row in rows)}]")
         if self.recipe:
             parts.append(f"recipe={self.recipe!r}")
         return f"{type(self).__name__}({', '.join(parts)})"
 
 
 class PerturbStain(_ImageTransform):
-    """Shifts a* and b* of images by a random offset: color augmentation, and the self-supervision of ``train``.
+    """Changes the colors of images at random, as stains and scanners do: augmentation, and the task of ``train``.
 
-    Takes and returns what NormalizeStain does. Each image of a batch has its own offset; the frames of a ``Video``
-    and images of equal leading shape within one sample share theirs. Draws from torch's global generator.
+    a* and b* are shifted by a random map, see ``shift_ab``, and the darkness, 100 - L*, is multiplied. Takes and
+    returns what NormalizeStain does. Each image of a batch has its own change; the frames of a ``Video`` and images of
+    equal leading shape within one sample share theirs. Draws from torch's global generator.
 
     Args:
-        max_offset: da and db are uniform in [-max_offset, max_offset], in Lab units.
+        max_offset: the offset of a usual color of tissue is uniform in [-max_offset, max_offset] for a* and for b*, in
+            Lab units.
+        slope: standard deviation of the slopes, see ``color.random_slopes``: how much the offset changes for each Lab
+            unit of color.
+        darkness: factors of the darkness are log-uniform from exp(-darkness) to exp(darkness).
         preserve_white: whether white glass and black keep their color, see ``shift_ab``.
+
+    Raises:
+        ValueError: an argument is negative or not finite.
 
     Example:
         >>> PerturbStain(max_offset=20)(torch.rand(4, 3, 32, 32)).shape
         torch.Size([4, 3, 32, 32])
     """
 
-    def __init__(self, max_offset: float = 20.0, preserve_white: bool = True) -> None:
+    def __init__(
+        self, max_offset: float = 20.0, slope: float = 0.2, darkness: float = 0.2, preserve_white: bool = True
+    ) -> None:
         super().__init__()
-        if not 0 <= max_offset < float("inf"):
-            raise ValueError(f"expected a finite max_offset >= 0, got {max_offset}")
+        for name, value in (("max_offset", max_offset), ("slope", slope), ("darkness", darkness)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"expected a finite {name} >= 0, got {value}")
+        if isinstance(slope, bool) or isinstance(darkness, bool):
+            raise TypeError("expected numbers for slope and darkness, got a bool: name preserve_white")
         self.max_offset = max_offset
+        self.slope = slope
+        self.darkness = darkness
         self.preserve_white = preserve_white
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         shapes = dict.fromkeys(_leading_shape(inpt) for inpt in flat_inputs)
-        return {"offsets": {shape: random_offset(shape, self.max_offset) for shape in shapes}}
+        return {"changes": {shape: self._change(shape) for shape in shapes}}
+
+    def _change(self, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
+        offset = random_offset(shape, self.max_offset)
+        shift = torch.cat([offset[..., None], random_slopes(shape, self.slope)], dim=-1) if self.slope else offset
+        return shift, random_darkness(shape, self.darkness) if self.darkness else None
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        offset = params["offsets"][_leading_shape(inpt)]
+        shift, darkness = params["changes"][_leading_shape(inpt)]
+        return _like(inpt, lambda image: shift_ab(image, shift, self.preserve_white, darkness))
 
-        def perturb(image: Tensor) -> Tensor:
-            return shift_ab(image, offset.to(image.device), self.preserve_white)
 
-        return _like(inpt, perturb)
+def _checked(value: Any, name: str, shape: tuple[int, ...]) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"expected {name} to be a tensor, got {type(value).__name__}")
+    if value.shape != shape:
+        raise ValueError(f"expected one {name} of shape {shape}, got {tuple(value.shape)}")
+    if is_eager(value) and not value.isfinite().all():
+        raise ValueError(f"expected a finite {name}, got {value.tolist()}")
+    return value
 
 
 def _leading_shape(inpt: Any) -> torch.Size:
-    """The shape of the offsets an input takes, less the last dimension."""
+    """The leading shape of the changes that an input takes."""
     if isinstance(inpt, PIL.Image.Image | tv_tensors.Video):
         return torch.Size()
     check_image(inpt)

@@ -33,16 +33,16 @@ FOLDER = Path(__file__).with_name("shipped_weights")
 if not FOLDER.is_dir():
     FOLDER = Path(__file__).parents[1] / "weights"
 # What networks were trained with outside of their config: the color shift, tissue and scales. Raised when these change.
-FORMAT = 2
+FORMAT = 3
 
 # Shipped weights, FOLDER/NAME.safetensors: name -> sha256.
 SHA256 = {
-    "camelyon17-center0": "e2d66b90da53b124ec87aab452eb0393290cc44e12d17c7ed8df720a5ccc2b5d",
-    "camelyon17-center1": "76bf701b2672323bbb1cc4017329862dd7193014f74bcfcefe0019d7f7b5e1c3",
-    "camelyon17-center2": "a23f9ae931f3df75b486edd0b5fe5d0d7abdd2bdd99956dcc869fd0dc85d58bd",
-    "camelyon17-center3": "220301fc291a65546b57c6cc26dc33f1ed1a5f06c3d6ff40e952df00a3c5e1a5",
-    "camelyon17-center4": "4eafb9902303eb6086f7d33cab458e61a8d80804f87aae72d61f2e08d557f742",
-    "camelyon17-paper": "c3d7624d173a259d548822069b11bea72241ce341d9ad2d5fd7fe3b1da736cad",
+    "camelyon17-center0": "0cd8a18ef1c291fff02683cac4f6ec4c883fa18e275a10653a3e834b445b879f",
+    "camelyon17-center1": "f294b0121e171b7ce0362e49b57fd258f2299496727d7d86fc5f76e6436859a3",
+    "camelyon17-center2": "74d29b43a5413dd5224677c4ae371e217bdeb412c065fd8db03eb39f8fe983aa",
+    "camelyon17-center3": "7fb05c4827a24650f2fae5f0d856f02619ad129123679e45febd60db1521baa6",
+    "camelyon17-center4": "c97209c77cffbad092f266002ae8fca01d289df659b82f4899e089c7986369bc",
+    "camelyon17-paper": "65690b9acd10a1478c996f04dccfeb19163ff44beee94baf4b36ba65e60e7b56",
 }
 
 
@@ -132,6 +132,8 @@ def _build(tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> Weight
         raise ValueError("expected finite weights, and offsets below 1000 Lab units")
     if not isinstance(weights.config["preserve_white"], bool):
         raise TypeError("config.preserve_white is not a bool")
+    if not isinstance(weights.config["slope"], float | int):
+        raise TypeError("config.slope is not a number")
     if not isinstance(weights.target, str) or not weights.target.isprintable():
         raise TypeError("target is not a string that can be printed")
     return weights

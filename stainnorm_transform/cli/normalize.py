@@ -22,8 +22,8 @@ from stainnorm_transform.folders.offsets import Offsets
 from stainnorm_transform.folders.outcome import FULL, Outcome
 from stainnorm_transform.folders.plan import Plan, make_plan
 from stainnorm_transform.folders.ray import MANIFEST, check_manifest, normalize_by_ray, package, write_manifest
-from stainnorm_transform.resources import cores
-from stainnorm_transform.slides import SlideFormat, formats
+from stainnorm_transform.resources import cores, in_order, one_torch_thread
+from stainnorm_transform.slides import SlideFormat, formats, is_slide
 
 OVERVIEW = "overview.png"
 RAY_THREADS = 2
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Gives H&E images (PNG, JPEG, TIFF, BMP, WebP, JPEG 2000; 8-bit RGB or RGBA) and whole slides (what OpenSlide "
         'reads, OME-TIFF and other TIFF; in a clone, pip install ".[slides]") the colors of the target. Every image '
-        "gets one a*, b* offset of its own, so tiles of one slide may differ a little; a slide gets one as a whole, "
+        "gets one color map of its own, so tiles of one slide may differ a little; a slide gets one as a whole, "
         "from a sample of its tissue. A TIFF is a slide if it has tiles, levels, channels in pages of their own, or "
         "67 million pixels or more. Lightness, white (L* > 97) and black (L* < 5) stay, and what has no tissue "
         "keeps its colors. Resolution, ICC profile and transparency are kept, where the format has them. Images keep "
@@ -48,13 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "left out, and counted; folders in it that hold results of this command are not searched."
     )
     parser.epilog = (
-        "DIR/offsets.csv lists each file, by its full path, with the offset that was taken from it; of several lines "
-        "for one output the last counts. The same command again does what is missing: a file is finished if the list "
-        "has it and path, size and time of change of the file and of its result are as listed, as are the weights, "
-        "the version of the program, and the options that the result depends on; of a slide of several files only the "
-        "one that is opened is compared. Results of other weights are replaced with --again only. Results of files "
-        "that are gone, or that have another name with --ome, stay. Files that cannot be normalized are named at the "
-        "end, as are files whose results would have one name, and the exit status is then 1."
+        "DIR/offsets.csv lists each file, by its full path, with the offset and the color map that were taken from "
+        "it; of several lines for one output the last counts. The same command again does what is missing: a file is "
+        "finished if the list has it and path, size and time of change of the file and of its result are as listed, "
+        "as are the weights, the version of the program, and the options that the result depends on; of a slide of "
+        "several files only the one that is opened is compared. Results of other weights are replaced with --again "
+        "only. Results of files that are gone, or that have another name with --ome, stay. Files that cannot be "
+        "normalized are named at the end, as are files whose results would have one name, and the exit status is "
+        "then 1."
     )
     add_inputs(parser, "image, slide")
     parser.add_argument(
@@ -70,9 +71,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--offset",
         metavar="A,B|CSV",
         help="take away this a*, b* offset instead of an estimate (--offset=-3,4.5), or those of a CSV file with the "
-        "columns input (path or name), offset_a and offset_b, such as an offsets.csv",
+        "columns input (path or name), offset_a and offset_b; if it has the columns map_a, ... of an offsets.csv, "
+        "the maps in them",
     )
     add_device(parser)
+    parser.add_argument(
+        "--workers",
+        type=_positive,
+        metavar="N",
+        help="images to work on at a time; a slide has all threads to itself (default: one for each core)",
+    )
     parser.add_argument(
         "--again", action="store_true", help="normalize finished files again, and those of other weights"
     )
@@ -164,7 +172,7 @@ def run(options: argparse.Namespace) -> int:
     outcomes: dict[Path, Outcome] = {}
     with plan.normalizer.record:
         try:
-            _carry_out(plan, outcomes, options.again, options.ray)
+            _carry_out(plan, outcomes, options)
         finally:
             _report(plan, outcomes, options.out)
             if options.ray:
@@ -192,10 +200,14 @@ def _settings(options: argparse.Namespace) -> Settings:
     )
 
 
-def _carry_out(plan: Plan, outcomes: dict[Path, Outcome], again: bool, by_ray: bool) -> None:
+def _carry_out(plan: Plan, outcomes: dict[Path, Outcome], options: argparse.Namespace) -> None:
     """Adds the outcome of each file as it ends. Raises OSError where every other file would fail as well."""
+    again: bool = options.again
     work = plan.unfinished(again, outcomes)
-    results = normalize_by_ray(plan.normalizer.settings, work, again) if by_ray else _one_by_one(plan.normalizer, work)
+    if options.ray:
+        results = normalize_by_ray(plan.normalizer.settings, work, again)
+    else:
+        results = _here(plan.normalizer, work, options.workers or cores())
     with contextlib.closing(results):
         for path, outcome in tqdm(results, total=len(plan.outputs), initial=len(outcomes), unit="file", disable=None):
             if outcome.number in FULL:
@@ -204,11 +216,24 @@ def _carry_out(plan: Plan, outcomes: dict[Path, Outcome], again: bool, by_ray: b
             outcomes[path] = outcome
 
 
-def _one_by_one(normalizer: FileNormalizer, work: Mapping[Path, Path]) -> Generator[tuple[Path, Outcome]]:
-    for path, output in work.items():
+def _here(normalizer: FileNormalizer, work: Mapping[Path, Path], workers: int) -> Generator[tuple[Path, Outcome]]:
+    """Images several at a time, then slides one by one."""
+    slides = [path for path in work if is_slide(path)]
+    images = [path for path in work if not is_slide(path)]
+
+    def outcome(path: Path) -> tuple[Path, Outcome]:
+        return path, normalizer.outcome(path, work[path])
+
+    several = min(workers, len(images)) > 1
+    with (
+        one_torch_thread() if several else contextlib.nullcontext(),
+        contextlib.closing(in_order(outcome, images, workers)) as results,
+    ):
+        yield from results
+    for path in slides:
         with _SlideBar(path) as bar:
-            outcome = normalizer.outcome(path, output, bar.update)
-        yield path, outcome
+            found = normalizer.outcome(path, work[path], bar.update)
+        yield path, found
 
 
 class _SlideBar:

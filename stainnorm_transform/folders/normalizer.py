@@ -8,16 +8,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 from PIL import Image
+from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from stainnorm_transform import __version__
 from stainnorm_transform.color import shift_ab
+from stainnorm_transform.estimate import map_of, offset_of, tissue_sums
 from stainnorm_transform.files import replacing
 from stainnorm_transform.folders import images
-from stainnorm_transform.folders.offsets import Offsets
+from stainnorm_transform.folders.offsets import Offsets, Shift
 from stainnorm_transform.folders.outcome import FULL, Outcome
 from stainnorm_transform.folders.record import DAMAGED, Record, Source
 from stainnorm_transform.resources import choose_device, one_torch_thread
@@ -42,7 +45,7 @@ class Settings:
         out: the folder of the outputs and their record.
         weights: name or path.
         device: as for ``choose_device``.
-        offsets: given offsets instead of estimates.
+        offsets: given shifts instead of estimates.
         slide_format: how slides are written.
         to_srgb: whether slides are converted to sRGB by their ICC profile.
         mpp: micrometers a pixel, of slides that do not say.
@@ -109,30 +112,29 @@ class FileNormalizer:
     def normalize(self, path: Path, output: Path, progress: Progress = lambda pixels, total: None) -> str | None:
         """Writes the output and its line in the record, which must be open. Returns what is to be said of it."""
         source = self.record.source(path, self._how(path))
-        transform = self._transform_of(path)
         output.parent.mkdir(parents=True, exist_ok=True)
         if is_slide(path):
-            return self._slide(transform, source, path, output, progress)
+            return self._slide(source, path, output, progress)
         formats.refuse_unread(path)
-        return self._image(transform, source, path, output)
+        return self._image(source, path, output)
 
-    def _slide(
-        self, transform: NormalizeStain, source: Source, path: Path, output: Path, progress: Progress
-    ) -> str | None:
+    def _slide(self, source: Source, path: Path, output: Path, progress: Progress) -> str | None:
         chosen, threads = self.settings, self.settings.threads
+        given = self._given(path)
+        transform = self.transform if given is None else self.transform.with_map(given.color_map)
         with Slide(path, chosen.to_srgb, chosen.mpp, chosen.skip_damaged) as slide:
             total = slide.dimensions[0] * slide.dimensions[1]
             progress(0, total)
             if _is_mask(slide):
                 progress(total, total)
                 return self._copied(source, path, output)
-            fixed, tiles = slide_normalizer(slide, transform, threads)
-            offset = _finite(fixed.estimate_offset(torch.zeros(3, 1, 1, dtype=torch.uint8)))
+            fixed, offset, tiles = slide_normalizer(slide, transform, threads)
+            shift = given or Shift(offset, cast(Tensor, fixed.fixed_map))
             with replacing(output) as temporary:
                 file_format = chosen.slide_format
                 write_slide(slide, temporary, fixed, file_format, threads, lambda pixels: progress(pixels, total))
                 how = _damage(len(slide.damaged))
-                self.record.add(source, output, offset[1].item(), offset[2].item(), temporary, how)
+                self._add(source, output, shift, temporary, how)
             notes = []
             if slide.damaged:
                 notes.append(_white(slide.damaged))
@@ -144,33 +146,35 @@ class FileNormalizer:
                 notes.append("the slide does not say its resolution, nor does the result: --mpp gives it")
         return "; ".join(notes) or None
 
-    def _image(self, transform: NormalizeStain, source: Source, path: Path, output: Path) -> str | None:
+    def _image(self, source: Source, path: Path, output: Path) -> str | None:
         image = images.read(path)
         if images.is_mask(image):
             return self._copied(source, path, output)
-        content, a, b = _normalized(transform, image, output.suffix)
+        content, shift = _normalized(self.transform, image, output.suffix, self._given(path))
         with replacing(output) as temporary:
             temporary.write_bytes(content)
-            self.record.add(source, output, a, b, temporary)
+            self._add(source, output, shift, temporary)
         return None
 
     def _copied(self, source: Source, path: Path, output: Path) -> str:
         with replacing(output) as temporary:
             shutil.copyfile(path, temporary)
-            self.record.add(source, output, 0.0, 0.0, temporary)
+            self._add(source, output, Shift.of_offset(0, 0), temporary)
         return _COPIED
 
-    def _transform_of(self, path: Path) -> NormalizeStain:
-        if self.settings.offsets is None:
-            return self.transform
-        offset = torch.tensor([0.0, *self.settings.offsets.of(path)])
-        return self.transform.with_offset(offset)
+    def _add(self, source: Source, output: Path, shift: Shift, temporary: Path, how: str = "") -> None:
+        self.record.add(source, output, shift.offset.tolist(), shift.color_map.flatten().tolist(), temporary, how)
+
+    def _given(self, path: Path) -> Shift | None:
+        return None if self.settings.offsets is None else self.settings.offsets.of(path)
 
     def _how(self, path: Path) -> str:
         """What a result depends on besides weights and version."""
         how = ""
-        if self.settings.offsets is not None:
-            how += " offset {},{}".format(*self.settings.offsets.of(path))
+        if (given := self._given(path)) is not None:
+            # A pure offset reads as on the command line.
+            numbers = given.color_map if given.color_map[:, 1:].any() else given.color_map[:, 0]
+            how += " offset " + ",".join(str(round(value, 6)) for value in numbers.flatten().tolist())
         if is_slide(path):
             chosen = self.settings.slide_format
             how += " lossless" if chosen.quality is None else f" quality {chosen.quality}"
@@ -192,17 +196,19 @@ def _is_mask(slide: Slide) -> bool:
     return images.is_mask(Image.fromarray(slide.pixels(0, 0, width, height)[..., :3]))
 
 
-def _normalized(transform: NormalizeStain, image: Image.Image, suffix: str) -> tuple[bytes, float, float]:
-    """The file of an image after normalizing, with its transparency, and the a* and b* that were taken away."""
+def _normalized(transform: NormalizeStain, image: Image.Image, suffix: str, shift: Shift | None) -> tuple[bytes, Shift]:
+    """The file of an image after normalizing, with its transparency, and what was taken away: by default, estimated."""
     device = transform.network.device
     colors = pil_to_tensor(image.convert("RGB")).to(device)
     seen = colors if image.mode == "RGB" else pil_to_tensor(images.flatten(image)).to(device)
-    with one_torch_thread():
-        offset = _finite(transform.estimate_offset(seen))
-    after = to_pil_image(shift_ab(colors, -offset[1:], transform.preserve_white).cpu())
+    if shift is None:
+        with one_torch_thread(), torch.no_grad():
+            sums = tissue_sums(transform.network, seen, transform.preserve_white)
+        shift = _finite(Shift(offset_of(sums), map_of(sums, transform.slopes)))
+    after = to_pil_image(shift_ab(colors, -shift.color_map, transform.preserve_white).cpu())
     if image.mode == "RGBA":
         after.putalpha(image.getchannel("A"))
-    return images.encode(after, suffix, like=image), offset[1].item(), offset[2].item()
+    return images.encode(after, suffix, like=image), shift
 
 
 def _damage(parts: int) -> str:
@@ -221,14 +227,14 @@ def _white(parts: Sequence[tuple[int, int, int, int]]) -> str:
     return f"{_parts(len(parts))} became white, at {', '.join(places)}{more}"
 
 
-def _finite(offset: torch.Tensor) -> torch.Tensor:
-    if not offset.isfinite().all():
-        raise ValueError(f"the weights give an offset that is not finite: {offset.tolist()}")
-    return offset
+def _finite(shift: Shift) -> Shift:
+    if not shift.color_map.isfinite().all():
+        raise ValueError(f"the weights give a color map that is not finite: {shift.color_map.tolist()}")
+    return shift
 
 
 def _made_by(transform: NormalizeStain) -> str:
-    digest = hashlib.sha256(str(transform.preserve_white).encode())
+    digest = hashlib.sha256(str(transform.preserve_white).encode() + b"offsets" * (not transform.slopes))
     for tensor in transform.buffers():
         digest.update(tensor.cpu().numpy().tobytes())
     return f"stainnorm {__version__} {transform.target} {digest.hexdigest()[:12]}"

@@ -8,24 +8,32 @@ import io
 import math
 import os
 import stat
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from stainnorm_transform.files import check_regular, locked, version
 
 NAME = "offsets.csv"
+# The color map, by rows: for a* and for b* the offset of a usual color of tissue, and how it differs 20 units of L*, a*
+# and b* away.
+MAP_FIELDS = ("map_a", "map_a_by_l", "map_a_by_a", "map_a_by_b", "map_b", "map_b_by_l", "map_b_by_a", "map_b_by_b")
 FIELDS = (
     "input",
     "output",
     "offset_a",
     "offset_b",
+    *MAP_FIELDS,
     "made_by",
     "input_bytes",
     "input_mtime_ns",
     "output_bytes",
     "output_mtime_ns",
 )
+_MADE_BY = FIELDS.index("made_by")
+# Of version 0.1.0.
+_HEADER_OF_OFFSETS = ",".join(name for name in FIELDS if name not in MAP_FIELDS)
 Source = tuple[str, str, str, str]
 # Before the number of damaged parts of a slide that became white, at the end of ``made_by``.
 DAMAGED = "damaged"
@@ -36,7 +44,7 @@ def is_of_results(folder: Path) -> bool:
     try:
         check_regular(folder / NAME)
         with (folder / NAME).open("rb") as file:
-            return file.readline(1000).rstrip() == ",".join(FIELDS).encode()
+            return file.readline(1000).rstrip().decode(errors="replace") in (",".join(FIELDS), _HEADER_OF_OFFSETS)
     except (OSError, ValueError):
         return False
 
@@ -62,6 +70,8 @@ class Record:
         self.path = folder / NAME
         self.lines: dict[str, list[str]] = {}
         self.handle = -1
+        # Of several threads; other processes are kept out by the lock of the file.
+        self.adding = threading.Lock()
         self.reread()
 
     def reread(self) -> None:
@@ -127,7 +137,7 @@ class Record:
         return None if f"{theirs} ".startswith(f"{ours} ") else theirs
 
     def _made_by(self, output: Path) -> str:
-        return self.lines[self._name(output)][FIELDS.index("made_by")]
+        return self.lines[self._name(output)][_MADE_BY]
 
     def damaged(self, output: Path) -> int:
         """How many damaged parts of a slide became white in a result."""
@@ -142,7 +152,7 @@ class Record:
         line = self.lines.get(self._name(output))
         if line is None or not output.is_file():
             return False
-        return [line[0], *line[4:]] == [*self.source(path, how), *_state(output)]
+        return [line[0], *line[_MADE_BY:]] == [*self.source(path, how), *_state(output)]
 
     def source(self, path: Path, how: str = "") -> Source:
         """What an image would be made from and by: path, ``made_by`` and ``how``, bytes, and time of the last change.
@@ -152,15 +162,24 @@ class Record:
         """
         return str(path), self.made_by + how, *_state(path)
 
-    def add(self, source: Source, output: Path, a: float, b: float, temporary: Path, how: str = "") -> None:
-        """Adds the line of an image that lies in ``temporary`` and becomes ``output``, with the offset that it lost.
+    def add(
+        self,
+        source: Source,
+        output: Path,
+        offset: Iterable[float],
+        color_map: Iterable[float],
+        temporary: Path,
+        how: str = "",
+    ) -> None:
+        """Adds the line of an image that lies in ``temporary`` and becomes ``output``, with what was taken away.
 
         What only its making has shown of it, ``how``, is added to ``made_by``.
         """
         path, made_by, *state = source
         name = self._name(output)
-        line = [path, name, f"{a:.3f}", f"{b:.3f}", made_by + how, *state, *_state(temporary)]
-        with locked(self.handle):
+        numbers = [f"{value:.3f}" for value in offset] + [f"{value:.9g}" for value in color_map]
+        line = [path, name, *numbers, made_by + how, *state, *_state(temporary)]
+        with self.adding, locked(self.handle):
             self._append(line)
         self.lines[name] = line
 

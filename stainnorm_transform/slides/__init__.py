@@ -1,4 +1,4 @@
-"""Whole slides: reading, one offset for each, a dataset of their tissue, and writing (extra ``slides``)."""
+"""Whole slides: reading, one color map for each, a dataset of their tissue, and writing (extra ``slides``)."""
 
 from stainnorm_transform.slides.dataset import SlideTiles
 from stainnorm_transform.slides.formats import is_slide

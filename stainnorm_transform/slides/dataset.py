@@ -32,8 +32,8 @@ class SlideTiles(Dataset[dict[str, Any]]):
 
     Args:
         path: of the slide.
-        normalize: the target, of which the slide gets one offset; if that is fixed, it is taken as it is. None leaves
-            the colors as they are.
+        normalize: the target, of which the slide gets one map; if that is fixed, it is taken as it is. None leaves the
+            colors as they are.
         side: of a tile in pixels.
         level: to read from.
         mpp: micrometers a pixel to scale to, instead of a level: 0.5 is 20x. Not much below that of the slide.
@@ -41,7 +41,7 @@ class SlideTiles(Dataset[dict[str, Any]]):
         to_srgb: as for ``Slide``.
 
     Attributes:
-        normalize: the transform of the slide, with its offset, or None.
+        normalize: the transform of the slide, with its map, or None.
         corners: (x, y) of each tile, in pixels of level 0.
         side_level0: side of a tile in pixels of level 0.
         level: that tiles are read from.
@@ -99,7 +99,7 @@ class SlideTiles(Dataset[dict[str, Any]]):
         self.normalize = None
         if normalize is not None:
             # Images are on the CPU.
-            self.normalize = copy.deepcopy(slide_normalizer(slide, normalize)[0]).cpu()
+            self.normalize = copy.deepcopy(slide_normalizer(slide, normalize).normalize).cpu()
         rows, columns = np.nonzero(tissue_shares(slide, self.side_level0, cores()) >= min_tissue)
         self.corners = [
             (round(column * self.side_level0), round(row * self.side_level0))

@@ -1,4 +1,4 @@
-"""One offset for a slide, from a sample of its tissue."""
+"""One color map for a slide, from a sample of its tissue."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stainnorm_transform.color import rgb_to_lab
-from stainnorm_transform.estimate import TISSUE_CHROMA, TISSUE_LIGHTNESS, robust_mean_offset, tissue_sums
+from stainnorm_transform.estimate import TISSUE_CHROMA, TISSUE_LIGHTNESS, map_of, offset_of, robust_sum, tissue_sums
 from stainnorm_transform.resources import cores, in_order, one_torch_thread
 from stainnorm_transform.slides.reader import Slide
 from stainnorm_transform.transform import NormalizeStain
@@ -31,9 +32,21 @@ MAP_SCALE = 4
 OBJECTIVE_TIMES_MPP = 10.0
 
 
-def slide_normalizer(
-    slide: Slide, normalize: NormalizeStain, threads: int | None = None
-) -> tuple[NormalizeStain, int | None]:
+class SlideNormalizer(NamedTuple):
+    """What ``slide_normalizer`` found.
+
+    Attributes:
+        normalize: the transform of the slide, with one fixed map.
+        offset: what it takes away from the mean color of the tissue, (2,) a*, b* in Lab units.
+        tiles: how many tiles with tissue it is based on; None if the map was fixed before.
+    """
+
+    normalize: NormalizeStain
+    offset: Tensor
+    tiles: int | None
+
+
+def slide_normalizer(slide: Slide, normalize: NormalizeStain, threads: int | None = None) -> SlideNormalizer:
     """The transform of a slide: ``normalize.for_slide`` of a sample of its tissue, spread evenly and always the same.
 
     Tissue is sought on a small level, where there is one. Tiles whose color is far from that of most others, by pen,
@@ -41,15 +54,14 @@ def slide_normalizer(
 
     Args:
         slide: an open slide.
-        normalize: the target; if its offset is fixed, it is the transform of the slide.
+        normalize: the target; if its map is fixed, it is the transform of the slide.
         threads: to read with; default: as many as there are cores.
 
     Returns:
-        The transform, which takes away nothing where no tissue was found, and how many tiles with tissue it is based
-        on: None if the offset was fixed before.
+        The transform, which takes away nothing where no tissue was found, and what it is based on.
     """
-    if normalize.offset is not None:
-        return normalize, None
+    if normalize.fixed_map is not None:
+        return SlideNormalizer(normalize, normalize.fixed_map[:, 0], None)
     threads = threads or cores()
     side = sampled_side(slide)
     device = normalize.network.device
@@ -62,13 +74,13 @@ def slide_normalizer(
     chosen = itertools.islice(places(slide, side, threads), SAMPLED_PLACES)
     with one_torch_thread(), torch.no_grad(), contextlib.closing(in_order(read, chosen, threads)) as tiles:
         for tile in tiles:
-            found = tissue_sums(normalize.network, tile.to(device))
-            if found[2] > 0:
+            found = tissue_sums(normalize.network, tile.to(device), normalize.preserve_white)
+            if found[0, 0] > 0:
                 sums.append(found)
             if len(sums) == SAMPLED_TILES:
                 break
-    total = torch.stack(sums) if sums else torch.zeros(0, 3, device=device)
-    return normalize.with_offset(robust_mean_offset(total)), len(sums)
+    total = robust_sum(torch.stack(sums) if sums else torch.zeros(0, 6, 4, device=device))
+    return SlideNormalizer(normalize.with_map(map_of(total, normalize.slopes)), offset_of(total), len(sums))
 
 
 def sampled_side(slide: Slide) -> int:

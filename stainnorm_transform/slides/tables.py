@@ -32,11 +32,11 @@ def look_up_pixels(pixels: Pixels, table: NDArray[np.int32]) -> Pixels:
     return out.view(np.uint8).reshape(pixels.shape)
 
 
-def shift_pixels(pixels: Pixels, offset: Tensor, preserve_white: bool) -> Pixels:
+def shift_pixels(pixels: Pixels, shift: Tensor, preserve_white: bool) -> Pixels:
     """``color.shift_ab`` of pixels (H, W, 4), without a table; the last channel of the result is 0."""
     out = np.zeros_like(pixels)
     colors = torch.from_numpy(pixels[..., :3].copy()).permute(2, 0, 1).contiguous()
-    out[..., :3] = shift_ab(colors, offset, preserve_white).permute(1, 2, 0).numpy()
+    out[..., :3] = shift_ab(colors, shift, preserve_white).permute(1, 2, 0).numpy()
     return out
 
 

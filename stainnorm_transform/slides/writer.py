@@ -98,13 +98,13 @@ def write_slide(
 
 
 def _recolor(slide: Slide, normalize: NormalizeStain | None) -> Recolor | None:
-    if normalize is None or normalize.offset is None or not normalize.offset.any():
+    if normalize is None or normalize.fixed_map is None or not normalize.fixed_map.any():
         return None
-    offset = -normalize.offset[1:].cpu()
+    shift = -normalize.fixed_map.cpu()
     # A table costs as much as to shift so many pixels.
     if math.prod(slide.dimensions) < TABLE_SIZE:
-        return functools.partial(shift_pixels, offset=offset, preserve_white=normalize.preserve_white)
-    return functools.partial(look_up_pixels, table=shift_table(offset, normalize.preserve_white).numpy())
+        return functools.partial(shift_pixels, shift=shift, preserve_white=normalize.preserve_white)
+    return functools.partial(look_up_pixels, table=shift_table(shift, normalize.preserve_white).numpy())
 
 
 def _write_aperio(
@@ -205,11 +205,11 @@ def _label_images(slide: Slide, file_format: SlideFormat) -> dict[str, Image.Ima
 
 def _provenance(normalize: NormalizeStain | None) -> dict[str, str]:
     """What was done to the colors, for the description."""
-    if normalize is None or normalize.offset is None:
+    if normalize is None or normalize.fixed_map is None:
         return {}
     target = "".join(c if c.isascii() and c.isprintable() and c not in "|=;" else "?" for c in normalize.target)
-    a, b = normalize.offset[1:].tolist()
-    return {"Stain target": target, "Offset a": f"{a:.3f}", "Offset b": f"{b:.3f}"}
+    a, b = (" ".join(f"{value:.4f}" for value in row) for row in normalize.fixed_map.tolist())
+    return {"Stain target": target, "Stain map a": a, "Stain map b": b}
 
 
 def _with_objective(xml: str, magnification: float) -> bytes:

@@ -17,7 +17,7 @@ from stainnorm_transform.network import ColorNormNet
 from stainnorm_transform.training.config import TrainConfig
 
 # Raised when a run of an earlier version cannot be continued as it began.
-FORMAT = 2
+FORMAT = 3
 COLORS, METADATA = "colors", "metadata"
 
 

@@ -24,7 +24,10 @@ class TrainConfig:
     crop: int = _setting(32, "side of a crop in pixels, after downsampling")
     scales: tuple[float, float] = _setting((2.0, 16.0), "area-downsampling of crops, drawn log-uniformly between these")
     max_offset: float = _setting(40.0, "largest shift of a* and b*, in Lab units")
-    contrast_jitter: float = _setting(0.5, "contrast of a* and b* within a crop times up to exp(+-this), at random")
+    slope: float = _setting(
+        0.3, "standard deviation of how much a shift changes with color, per Lab unit; 0 trains for offsets alone"
+    )
+    contrast_jitter: float = _setting(0.25, "contrast of a* and b* within a crop times up to exp(+-this), at random")
     darkness_jitter: float = _setting(0.35, "darkness (100 - L*) of a crop times up to exp(+-this), at random")
     preserve_white: bool = _setting(True, "fade shifts out towards white and black; in the paper they do not")
     learning_rate: float = _setting(0.01, "learning rate of Adam at the peak of its schedule")
@@ -37,8 +40,9 @@ class TrainConfig:
         for name in ("max_offset", "learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"expected a finite {name} > 0, got {getattr(self, name)}")
-        if not 0 <= self.l2_weight < math.inf:
-            raise ValueError(f"expected a finite l2_weight >= 0, got {self.l2_weight}")
+        for name in ("slope", "l2_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"expected a finite {name} >= 0, got {getattr(self, name)}")
         for name in ("contrast_jitter", "darkness_jitter"):
             if not 0 <= getattr(self, name) <= 2:
                 raise ValueError(f"expected 0 <= {name} <= 2, got {getattr(self, name)}")

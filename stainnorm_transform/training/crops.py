@@ -1,4 +1,4 @@
-"""From images of the target to training examples: crops, how much their pixels count, and offsets to shift them by."""
+"""From images of the target to training examples: crops, how much their pixels count, and maps to shift them by."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from stainnorm_transform.color import check_image, image_of, rgb_to_lab
+from stainnorm_transform.color import check_image, image_of, random_slopes, rgb_to_lab
 from stainnorm_transform.estimate import tissue_weight, unit_range
 from stainnorm_transform.resources import one_torch_thread
 from stainnorm_transform.training.config import TrainConfig
@@ -27,7 +27,7 @@ PLACES, IMAGES = 10, 100
 # Batches whose colors identify the images.
 COLOR_BATCHES = 16
 # What random numbers are for.
-IMAGE, PLACE, OFFSETS, JITTER = range(4)
+IMAGE, PLACE, OFFSETS, JITTER, SLOPES = range(5)
 
 
 class Crop(NamedTuple):
@@ -43,13 +43,13 @@ class Batch(NamedTuple):
     Attributes:
         crops: (N, 3, side, side) in RGB.
         weight: (N, 1, side, side), how much their pixels count.
-        offset: (N, 2), da and db in Lab units.
+        shift: (N, 2, 4), maps, see ``color.shift_ab``.
         jitter: (N, 2), factors of the contrast of a*, b* and of the darkness.
     """
 
     crops: Tensor
     weight: Tensor
-    offset: Tensor
+    shift: Tensor
     jitter: Tensor
 
 
@@ -82,9 +82,7 @@ def batches(
         whole = DataLoader(_StreamCrops(images, config), batch_size=config.batch_size, generator=torch.Generator())
         loader = (Crop(crops.image[mine], crops.weight[mine]) for crops in itertools.islice(whole, start, None))
     for number, crops in zip(range(start, config.iterations), loader, strict=False):
-        yield Batch(
-            crops.image, crops.weight, stratified_offsets(config, number)[mine], jitter_factors(config, number)[mine]
-        )
+        yield Batch(crops.image, crops.weight, random_maps(config, number)[mine], jitter_factors(config, number)[mine])
 
 
 def crop_colors(images: Any, config: TrainConfig) -> Tensor:
@@ -95,17 +93,19 @@ def crop_colors(images: Any, config: TrainConfig) -> Tensor:
     return torch.cat([colors.flatten(), torch.tensor([float(count)])])
 
 
-def stratified_offsets(config: TrainConfig, number: int) -> Tensor:
-    """The (da, db) of batch ``number``, shape (batch_size, 2), Lab units.
+def random_maps(config: TrainConfig, number: int) -> Tensor:
+    """The maps of batch ``number``, shape (batch_size, 2, 4), Lab units.
 
-    da and db are uniform, but spread evenly over a batch, one to a stratum: the mean of a batch, which batch norm takes
-    away, is then that of its colors without the noise of the shifts.
+    Their offsets are uniform, but spread evenly over a batch, one to a stratum: the mean of a batch, which batch norm
+    takes away, is then that of its colors without the noise of the shifts.
     """
     generator = _generator(config.seed, OFFSETS, number)
     count = config.batch_size
     strata = torch.stack([torch.randperm(count, generator=generator) for _ in range(2)], dim=1)
     within = torch.rand(count, 2, generator=generator)
-    return (2 * (strata + within) / count - 1) * config.max_offset
+    offsets = (2 * (strata + within) / count - 1) * config.max_offset
+    slopes = random_slopes((count,), config.slope, _generator(config.seed, SLOPES, number))
+    return torch.cat([offsets[..., None], slopes], dim=-1)
 
 
 def jitter_factors(config: TrainConfig, number: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stainnorm_transform.color import random_offset, shift_batch
-from stainnorm_transform.estimate import has_tissue, mean_offset, small_copy, sums_of_copies
+from stainnorm_transform.estimate import has_tissue, offset_of, small_copy, sums_of_copies
 from stainnorm_transform.network import ColorNormNet
 from stainnorm_transform.training.crops import each_image
 
@@ -65,8 +65,8 @@ def _errors_of_copies(
     offset = random_offset((draws,), max_offset, torch.Generator().manual_seed(0))
     errors = []
     for copy in copies:
-        shifted = shift_batch(copy.expand(draws, -1, -1, -1), offset.to(network.device), preserve_white)
-        errors.append(mean_offset(sums_of_copies(network, shifted))[:, 1:].cpu() - offset)
+        shifted = shift_batch(copy.expand(draws, -1, -1, -1), preserve_white, offset.to(network.device))
+        errors.append(offset_of(sums_of_copies(network, shifted, preserve_white)).cpu() - offset)
     if not errors:
         raise ValueError("expected at least one image, got none")
     return torch.stack(errors)

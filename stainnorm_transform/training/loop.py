@@ -1,4 +1,4 @@
-"""Training a ColorNormNet on images of the target, without pairs: it learns to undo known a*, b* offsets."""
+"""Training a ColorNormNet on images of the target, without pairs: it learns to undo known shifts of a*, b*."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stainnorm_transform.color import fade, rgb_to_lab, shift_batch
+from stainnorm_transform.color import color_terms, fade, rgb_to_lab, shift_batch
 from stainnorm_transform.files import check_regular
 from stainnorm_transform.network import ColorNormNet
 from stainnorm_transform.resources import one_torch_thread
@@ -66,9 +66,9 @@ def train(
 ) -> ColorNormNet:
     """Trains a network whose target is the color of ``images``.
 
-    Each iteration takes crops of random images at random scales, shifts each by a random (da, db), and asks the network
-    for that offset; the loss is L1 + lambda * L2 over the tissue, of the map and of its mean, which is the offset
-    that NormalizeStain uses. In the second half of the run batch norm is frozen.
+    Each iteration takes crops of random images at random scales, shifts the colors of each by a random map, see
+    ``color.shift_ab``, and asks the network how far each pixel was shifted; the loss is L1 + lambda * L2 over the
+    tissue, of the pixels and of their mean. In the second half of the run batch norm is frozen.
 
     The same images, config and kind of processor give the same network, whatever ``workers`` and the number of torch
     threads are, and however often the run was interrupted. On the CPU one thread is used: small batches gain little by
@@ -137,7 +137,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * warmup_cosine((iteration - 1) / config.iterations)
         _set_mode(network, frozen=iteration > config.iterations // 2)
-        loss = offset_loss(trained, Batch(*(values.to(device) for values in batch)), config)
+        loss = shift_loss(trained, Batch(*(values.to(device) for values in batch)), config)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -178,18 +178,22 @@ def warmup_cosine(progress: float) -> float:
     return min(1.0, 0.01 + progress / 0.1) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def offset_loss(network: nn.Module, batch: Batch, config: TrainConfig) -> Tensor:
-    """The self-supervised loss: crops are shifted by the offsets, which the network is to predict."""
-    shifted = rgb_to_lab(shift_batch(batch.crops, batch.offset, config.preserve_white))
+def shift_loss(network: nn.Module, batch: Batch, config: TrainConfig) -> Tensor:
+    """The self-supervised loss: crops are shifted by maps, and the network is to predict how far each pixel was."""
+    lab = rgb_to_lab(batch.crops)
+    distance = torch.einsum("nij,njyx->niyx", batch.shift, color_terms(lab))
+    if config.preserve_white:
+        distance = distance * fade(lab[:, :1])
+    shifted = rgb_to_lab(shift_batch(batch.crops, config.preserve_white, batch.shift))
     weight = batch.weight / batch.weight.sum(dim=(-1, -2), keepdim=True).clamp(min=1e-6)
-    error = network(_jittered(shifted, weight, batch.jitter, config)) - F.pad(batch.offset, (1, 0))[..., None, None]
+    error = network(_jittered(shifted, weight, batch.jitter, config)) - F.pad(distance, (0, 0, 0, 0, 1, 0))
 
     def l1_l2(error: Tensor) -> Tensor:
         return error.abs() + config.l2_weight * error**2
 
-    of_map = (weight * l1_l2(error)).sum(dim=(-1, -2)).mean()
+    of_pixels = (weight * l1_l2(error)).sum(dim=(-1, -2)).mean()
     of_mean = l1_l2((weight * error).sum(dim=(-1, -2))).mean()
-    return of_map + of_mean
+    return of_pixels + of_mean
 
 
 def _jittered(lab: Tensor, weight: Tensor, jitter: Tensor, config: TrainConfig) -> Tensor:

@@ -18,6 +18,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from stainnorm_transform import __version__, weights
 from stainnorm_transform.cli.main import main
 from stainnorm_transform.folders import images, overview
+from stainnorm_transform.folders.record import MAP_FIELDS
 
 
 def test_folders_keep_their_structure_and_inputs_their_content(run, tmp_path, random_normalize, capsys):
@@ -41,6 +42,9 @@ def test_folders_keep_their_structure_and_inputs_their_content(run, tmp_path, ra
     row = next(row for row in rows if row["input"] == str(single))
     assert row["output"] == "single.png"
     assert [float(row["offset_a"]), float(row["offset_b"])] == pytest.approx(offset[1:].tolist(), abs=1e-3)
+    color_map = random_normalize.estimate_map(render_tile())
+    assert [float(row[name]) for name in MAP_FIELDS] == pytest.approx(color_map.flatten().tolist(), abs=1e-4)
+    assert color_map[:, 1:].abs().max() > 0.1
 
 
 def test_resolution_profile_and_exif_are_kept(run, tmp_path):

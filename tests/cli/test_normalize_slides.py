@@ -1,5 +1,6 @@
 """The command normalize, on slides."""
 
+import csv
 import re
 import signal
 import sys
@@ -25,6 +26,7 @@ from synthetic import (
 from stainnorm_transform.cli.main import main
 from stainnorm_transform.color import shift_ab
 from stainnorm_transform.folders import FileNormalizer, Settings
+from stainnorm_transform.folders.record import MAP_FIELDS
 from stainnorm_transform.slides import Slide, SlideFormat, slide_normalizer, write_slide
 
 
@@ -38,11 +40,21 @@ def test_slides_beside_tiles(run, tmp_path, random_normalize, capsys):
     assert found == ["b.tif", "c.png", "deep/a.tif", "offsets.csv", "overview.png"]
     assert "3 of 3 images normalized" in capsys.readouterr().out
     with Slide(tmp_path / "in/deep/a.svs") as slide:
-        fixed, _ = slide_normalizer(slide, random_normalize)
+        fixed, offset, _ = slide_normalizer(slide, random_normalize)
     listed = next(row for row in rows(out) if row["output"] == "deep/a.tif")
-    assert [float(listed["offset_a"]), float(listed["offset_b"])] == pytest.approx(fixed.offset[1:].tolist(), abs=1e-3)
-    expected = shift_ab(torch.from_numpy(tissue(600, 700)).permute(2, 0, 1), -fixed.offset[1:])
+    assert [float(listed["offset_a"]), float(listed["offset_b"])] == pytest.approx(offset.tolist(), abs=1e-3)
+    assert map_in(listed) == pytest.approx(fixed.fixed_map.flatten().tolist(), abs=1e-4)
+    assert fixed.fixed_map[:, 1:].abs().max() > 0.1
+    # The slide carries it as well.
+    with openslide.OpenSlide(out / "deep/a.tif") as slide:
+        written = [slide.properties[f"aperio.Stain map {channel}"].split() for channel in "ab"]
+    assert [float(value) for row in written for value in row] == pytest.approx(map_in(listed), abs=1.01e-4)
+    expected = shift_ab(torch.from_numpy(tissue(600, 700)).permute(2, 0, 1), -fixed.fixed_map)
     assert np.abs(levels_of(out / "deep/a.tif")[0] - expected.permute(1, 2, 0).numpy().astype(int)).max() <= 1
+
+
+def map_in(row):
+    return [float(row[name]) for name in MAP_FIELDS]
 
 
 def test_a_slide_is_made_again_only_when_something_changed(run, tmp_path):
@@ -85,6 +97,7 @@ def test_given_offsets(run, tmp_path, capsys, monkeypatch):
     save(tmp_path / "in/c.png")
     assert run(tmp_path / "in", options=["--offset=-3.5,20"]) == 0
     assert {(row["offset_a"], row["offset_b"]) for row in rows(tmp_path / "out")} == {("-3.500", "20.000")}
+    assert all(map_in(row) == [-3.5, 0, 0, 0, 20, 0, 0, 0] for row in rows(tmp_path / "out"))
     table = tmp_path / "table.csv"
     table.write_text(
         f"input,offset_a,offset_b\na.svs,1,2\n{tmp_path}/in/b.svs,3,4\nx/b.svs,9,9\nb.svs,8,8\nc.png,5,6\n"
@@ -95,6 +108,7 @@ def test_given_offsets(run, tmp_path, capsys, monkeypatch):
     # The record of a run is such a file.
     assert run(tmp_path / "in", out="same", options=["--offset", str(tmp_path / "csv/offsets.csv")]) == 0
     assert {row["output"]: (row["offset_a"], row["offset_b"]) for row in rows(tmp_path / "same")} == found
+    assert all(not any(map_in(row)[1:4] + map_in(row)[5:]) for row in rows(tmp_path / "same"))
     # A file of the same name in another folder is another file; spreadsheets begin with a mark.
     table.write_text("\ufeffinput,offset_a,offset_b\nin/a.svs,1,2\nx/b.svs,9,9\nc.png,5,6\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
@@ -103,12 +117,83 @@ def test_given_offsets(run, tmp_path, capsys, monkeypatch):
     assert {row["output"]: row["offset_a"] for row in rows(tmp_path / "part")} == {"a.tif": "1.000", "c.png": "5.000"}
 
 
+def write_table(path, table):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, table[0])
+        writer.writeheader()
+        writer.writerows(table)
+
+
+def test_the_maps_of_a_run_given_back_make_the_same_files(run, tmp_path, capsys):
+    make_slide(tmp_path / "in/a.svs", tissue(600, 700))
+    save(tmp_path / "in/b.png")
+    save(tmp_path / "in/c.png", Image.fromarray(tissue(800, 500, "lab_b")))
+    glass = np.random.default_rng(0).integers(236, 246, (120, 150, 3), np.uint8)
+    save(tmp_path / "in/blank.png", Image.fromarray(glass))
+    assert run(tmp_path / "in", options=["--lossless"]) == 0
+    assert "copied" not in capsys.readouterr().out
+    given = tmp_path / "given.csv"
+    table = rows(tmp_path / "out")
+    write_table(given, table)
+    options = ["--lossless", "--offset", str(given)]
+    assert run(tmp_path / "in", out="same", options=options) == 0
+    names = {"a.tif", "b.png", "c.png", "blank.png"}
+    found = {row["output"]: row for row in rows(tmp_path / "same")}
+    assert found.keys() == names
+    for row in table:
+        same = found[row["output"]]
+        for name in ("input", "offset_a", "offset_b", *MAP_FIELDS):
+            assert same[name] == row[name]
+        # It is said that the map was given, and which.
+        *_, numbers = same["made_by"].removesuffix(" lossless").partition(" offset ")
+        expected = map_in(row) if any(map_in(row)) else [0, 0]
+        assert [float(number) for number in numbers.split(",")] == pytest.approx(expected, abs=1e-6)
+        assert " offset " not in row["made_by"]
+    assert map_in(found["blank.png"]) == [0] * 8
+    assert all(any(map_in(found[name])[1:4]) for name in names - {"blank.png"})
+    for name in names:
+        assert (tmp_path / "same" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
+    # A slope belongs to what a result is made by.
+    capsys.readouterr()
+    table[0]["map_b_by_a"] = "1.5"
+    write_table(given, table)
+    assert run(tmp_path / "in", out="same", options=options) == 0
+    assert "3 of them by an earlier run" in capsys.readouterr().out
+    assert rows(tmp_path / "same")[-1]["output"] == table[0]["output"]
+
+
+def test_the_record_of_an_earlier_version_gives_offsets(run, tmp_path):
+    make_slide(tmp_path / "in/a.svs", tissue(300, 300))
+    save(tmp_path / "in/b.png")
+    state = {"made_by": "stainnorm 0.1.0 camelyon17-center1 0123456789ab"}
+    state |= dict.fromkeys(("input_bytes", "input_mtime_ns", "output_bytes", "output_mtime_ns"), "1")
+    taken = {"a.svs": {"offset_a": "1.250", "offset_b": "-2.500"}, "b.png": {"offset_a": "3.000", "offset_b": "4.000"}}
+    table = [{"input": str(tmp_path / "in" / name), "output": name, **taken[name], **state} for name in taken]
+    write_table(tmp_path / "old.csv", table)
+    header = "input,output,offset_a,offset_b,made_by,input_bytes,input_mtime_ns,output_bytes,output_mtime_ns"
+    assert (tmp_path / "old.csv").read_text().splitlines()[0] == header
+    assert run(tmp_path / "in", options=["--lossless", "--offset", str(tmp_path / "old.csv")]) == 0
+    found = {row["output"]: row for row in rows(tmp_path / "out")}
+    for name, output in (("a.svs", "a.tif"), ("b.png", "b.png")):
+        a, b = (float(taken[name][column]) for column in ("offset_a", "offset_b"))
+        assert map_in(found[output]) == [a, 0, 0, 0, b, 0, 0, 0]
+        # As by the command line, which is seen as the same.
+        assert run(tmp_path / "in" / name, out="line", options=["--lossless", f"--offset={a},{b}"]) == 0
+        assert (tmp_path / "line" / output).read_bytes() == (tmp_path / "out" / output).read_bytes()
+        assert rows(tmp_path / "line")[-1]["made_by"] == found[output]["made_by"]
+        assert f" offset {a},{b}" in found[output]["made_by"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("1", "expected two finite numbers, as in --offset=3.5,-2, or a CSV file that is there, got '1'"),
         ("1,nan", "expected two finite numbers"),
-        ("table.csv", "line 2: expected two finite numbers, got 1, inf"),
+        ("table.csv", "line 2: expected finite numbers, got 1, inf"),
+        ("not_finite.csv", "line 3: expected finite numbers, got 1, 2, 3, 4, 5, 6, nan, 8"),
+        ("no_number.csv", "line 3: could not convert string to float: '1;5'"),
+        ("not_filled.csv", "line 3: could not convert string to float"),
+        ("no_offset.csv", "line 3: could not convert string to float"),
         ("long.csv", "field larger than field limit"),
         ("other.csv", "expected columns input, offset_a and offset_b, got no input"),
     ],
@@ -118,6 +203,16 @@ def test_offsets_that_are_none_are_refused(run, tmp_path, monkeypatch, capsys, t
     (tmp_path / "table.csv").write_text("input,offset_a,offset_b\na.svs,1,inf\n")
     (tmp_path / "other.csv").write_text("x,offset_a,offset_b\n")
     (tmp_path / "long.csv").write_text("x" * 200_000 + "\n")
+    maps = {
+        "not_finite": "1,2,3,4,5,6,nan,8",
+        "no_number": "1,2,3,4,5,1;5,7,8",
+        "not_filled": "1,2,3,4,5,6,7,",
+        "no_offset": "1,2,3,4,5,6,7,8",
+    }
+    for name, values in maps.items():
+        offset = "" if name == "no_offset" else "1"
+        lines = [f"input,offset_a,offset_b,{','.join(MAP_FIELDS)}", "a.svs,1,2,,,,,,,,", f"c.png,1,{offset},{values}"]
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines) + "\n")
     save(tmp_path / "in/c.png")
     assert run(tmp_path / "in", options=[f"--offset={text}"]) == 2
     assert message in capsys.readouterr().err
@@ -131,7 +226,9 @@ def test_blank_slides_keep_their_colors_and_that_is_said(run, tmp_path, capsys):
     output = capsys.readouterr().out
     assert f"{path}: no tissue was found, colors are as they were; the slide does not say its resolution" in output
     assert np.array_equal(levels_of(tmp_path / "out/a.tif")[0], pixels)
-    assert (rows(tmp_path / "out")[0]["offset_a"], rows(tmp_path / "out")[0]["offset_b"]) == ("0.000", "0.000")
+    (row,) = rows(tmp_path / "out")
+    assert (row["offset_a"], row["offset_b"]) == ("0.000", "0.000")
+    assert map_in(row) == [0] * 8
     with openslide.OpenSlide(tmp_path / "out/a.tif") as slide:
         assert "openslide.mpp-x" not in slide.properties
 
@@ -160,6 +257,7 @@ def test_tiled_label_masks_are_copied_to_the_byte(run, tmp_path, capsys):
         assert len(levels_of(tmp_path / f"out/{name}.tif")) > 1
     masks = [row for row in rows(tmp_path / "out") if row["output"] == "mask.tif"]
     assert [(row["offset_a"], row["offset_b"]) for row in masks] == [("0.000", "0.000")]
+    assert [map_in(row) for row in masks] == [[0] * 8]
 
 
 def test_pixels_that_are_not_square_are_told(run, tmp_path, capsys):

@@ -161,6 +161,7 @@ def test_every_setting_can_be_given():
         "crop": 40,
         "scales": [2.0, 3.0],
         "max_offset": 12.5,
+        "slope": 0.125,
         "contrast_jitter": 0.75,
         "darkness_jitter": 0.1,
         "preserve_white": False,

@@ -53,6 +53,11 @@ def test_what_is_compared_does_the_same(tmp_path):
     difference = look_up(levels, shift_table(benchmark.OFFSET, False)).int()
     difference -= benchmark.kornia_shift(levels, benchmark.OFFSET).int()
     assert difference.abs().max() <= 1
+    by_map = benchmark.shift_by_map(case, levels)()
+    assert (benchmark.table(case, levels)().int() - by_map.int()).abs().max() <= 1
+    # The map differs from the offset, and for a usual color of tissue is that.
+    assert torch.equal(benchmark.MAP[:, 0], benchmark.OFFSET)
+    assert (by_map.int() - benchmark.shift(case, levels)().int()).abs().max() > 5
 
 
 def test_memory_is_that_of_the_result_for_a_copy(tmp_path):

@@ -5,6 +5,7 @@ import argparse
 import pytest
 import torch
 from compare_camelyon17 import (
+    BY_TARGET,
     CONTROL,
     SIDE,
     choose,
@@ -14,14 +15,18 @@ from compare_camelyon17 import (
     mean_match,
     measure,
     middle,
+    mosaic,
+    offset_only,
+    other_organs,
     print_by_target,
     print_table,
     scale_stains,
     seams,
     tissue_mean,
 )
-from kornia.color import lab_to_rgb
+from kornia.color import lab_to_rgb, rgb_to_lab
 from render_tiles import LABS, render_tile
+from torchvision.transforms.v2.functional import to_pil_image
 
 from stainnorm_transform.color import shift_ab
 
@@ -53,6 +58,9 @@ def test_figures_of_images_left_as_they_are(tiles):
     only_shifted = measure(lambda image: image, tiles[:2], 0)
     assert only_shifted["distance"] == pytest.approx(float(OFFSET.norm()), abs=0.3)
     assert only_shifted["equal_lightness"] == pytest.approx(float(OFFSET.norm()), abs=0.3)
+    # Nuclei and stroma were shifted alike.
+    assert only_shifted["nuclei"] == pytest.approx(float(OFFSET.norm()), abs=0.6)
+    assert only_shifted["stroma"] == pytest.approx(float(OFFSET.norm()), abs=0.3)
     means = torch.stack([tissue_mean(tile) for tile in tiles[1]])
     assert only_shifted["spread"] == pytest.approx(float(means.var(dim=0).sum().sqrt()), abs=0.01)
 
@@ -62,6 +70,15 @@ def test_figures_of_the_shift_undone(tiles):
     assert figures["distance"] == pytest.approx(0, abs=0.3)
     assert figures["equal_lightness"] == pytest.approx(0, abs=0.3)
     assert figures["ssim"] > 0.99
+    assert figures["nuclei"] == pytest.approx(0, abs=0.3)
+    assert figures["stroma"] == pytest.approx(0, abs=0.3)
+
+    def undone_in_stroma(image):
+        return torch.where(rgb_to_lab(image / 255)[:1] >= 55, shift(image, -OFFSET), image)
+
+    figures = measure(undone_in_stroma, tiles[:2], 0)
+    assert figures["nuclei"] == pytest.approx(float(OFFSET.norm()), abs=0.6)
+    assert figures["stroma"] == pytest.approx(0, abs=0.3)
     assert measure(lambda image: 255 - image, tiles[:2], 0)["ssim"] < 0.5
 
 
@@ -128,6 +145,39 @@ def test_scaled_stains(tiles):
     )
 
 
+def test_nuclei_of_other_organs(tiles):
+    first = iter([True])
+
+    def only_once(image):
+        return shift(image, -OFFSET) if next(first, False) else 1 / 0
+
+    images, goal = tiles[1], tiles[0]
+    assert other_organs(lambda image: shift(image, -OFFSET), images, goal)["monuseg"] < 2
+    worse = other_organs(lambda image: shift(image, 2 * OFFSET), images, goal)
+    assert worse["farther"] == 3
+    assert worse["monuseg"] > 2 * float(OFFSET.norm())
+    teal = torch.tensor([0, 200, 150], dtype=torch.uint8)[:, None, None]
+    assert other_organs(lambda image: teal.expand_as(image), images, goal)["teal"] == 100
+    # What cannot be normalized counts as it was: not farther.
+    figures = other_organs(only_once, images, goal)
+    assert figures["farther"] == figures["teal"] == 0
+    assert 3 < figures["monuseg"] < 8
+
+
+def test_an_offset_alone_is_what_the_map_does_to_the_mean_color(tiles, random_normalize):
+    for image in (tiles[0][0], tiles[2][1]):
+        expected = shift_ab(image, -random_normalize.estimate_offset(image)[1:])
+        assert torch.equal(offset_only(random_normalize)(image), expected)
+        assert not torch.equal(random_normalize(image), expected)
+
+
+def test_tiles_make_a_mosaic(tiles):
+    images = [tile[:, :32, :32] for tile in (*tiles[0], *tiles[2])]
+    made = mosaic(images)
+    assert made.shape == (3, 96, 64)
+    assert torch.equal(made[:, 32:64, 32:], images[3])
+
+
 def test_failures_are_counted():
     def fragile(image):
         if image.float().mean() > 250:
@@ -178,6 +228,8 @@ def test_a_method_that_cannot_be_made_does_not_end_the_comparison(tiles, tmp_pat
         lambda target, options: [("as scanned", 0, lambda rest: lambda image: image), ("broken", 0, broken)],
     )
     (tmp_path / "edge_cases").mkdir()
+    (tmp_path / "monuseg/images").mkdir(parents=True)
+    to_pil_image(tiles[2][0]).save(tmp_path / "monuseg/images/a.png")
     options = argparse.Namespace(data=tmp_path, folds=None)
     rows = compare(0, tiles, ["a", "b", "c"], options)
     assert [row.get("cannot") for row in rows] == [None, "ValueError('no reference')"]
@@ -185,7 +237,9 @@ def test_a_method_that_cannot_be_made_does_not_end_the_comparison(tiles, tmp_pat
     print_by_target(rows, tiles)
     printed = capsys.readouterr().out
     assert "left out: broken, draw 0, target center 0: ValueError('no reference')" in printed
-    assert f"| as scanned | {rows[0]['distance']:.1f} (1.00) |" in printed
+    for key, what in BY_TARGET.items():
+        assert f"{what} by target" in printed
+        assert f"| as scanned | {rows[0][key]:.1f} (1.00) |" in printed
 
 
 def test_references(tiles):

@@ -221,11 +221,11 @@ def test_monai_batch_before_a_model_keeps_its_meta(gradient, meta_batch, normali
     close(out.detach().as_tensor(), normalize(tiles))
 
 
-def test_monai_batches_give_a_slide_its_offset(meta_batch, normalize):
+def test_monai_batches_give_a_slide_its_map(meta_batch, normalize):
     batch, tiles = meta_batch
     fixed = normalize.for_slide([batch])
-    assert type(fixed.offset) is torch.Tensor
-    close(fixed.offset, normalize.for_slide(tiles).offset)
+    assert type(fixed.fixed_map) is torch.Tensor
+    close(fixed.fixed_map, normalize.for_slide(tiles).fixed_map)
     close(fixed(tiles[0]), normalize.for_slide(tiles)(tiles[0]))
     assert fixed(batch[0]).meta["filename_or_obj"] == "0.png"
 
@@ -421,11 +421,12 @@ def test_embeddings_per_tile_and_per_slide(slide, normalize):
     needs("timm")
     from embed_tiles import compose, embed, for_slide
 
-    # Against hand: the slide's offset is one, as estimated from all its tiles at once.
+    # Against hand: the slide's map is one, as estimated from all its tiles at once.
     batch = torch.stack([pil_to_tensor(tile) for tile in open_all(slide)])
     fixed = for_slide(normalize, slide)
-    close(fixed.offset, normalize.for_slide(batch).offset, 1e-4)
-    assert torch.equal(fixed.estimate_offset(batch), fixed.offset.expand(3, 3))
+    close(fixed.fixed_map, normalize.for_slide(batch).fixed_map, 1e-3)
+    assert torch.equal(fixed.estimate_map(batch), fixed.fixed_map.expand(3, 2, 4))
+    assert normalize.estimate_map(batch).unique(dim=0).shape == (3, 2, 4)
     assert normalize.estimate_offset(batch).unique(dim=0).shape == (3, 3)
 
     model, own = encoder(), own_transform()

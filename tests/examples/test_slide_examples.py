@@ -48,6 +48,20 @@ def test_the_error_of_samples_falls_with_their_size(mosaic, monkeypatch, capsys)
     assert any(line.startswith("| green pen | 20% |") for line in lines)
 
 
+def test_the_distance_of_maps_is_over_the_colors_of_the_tissue():
+    torch.manual_seed(0)
+    z = torch.cat([torch.ones(50, 1), torch.randn(50, 3)], dim=1)
+    weight = torch.rand(50, 1)
+    sums = torch.cat([(weight * z).T @ z, torch.zeros(2, 4)])
+    maps = torch.randn(3, 2, 4)
+    expected = [(((map_ - maps[0]) @ z.T) ** 2).sum(dim=0) @ weight[:, 0] / weight.sum() for map_ in maps]
+    torch.testing.assert_close(slide_sample.distance(maps, maps[0], sums), torch.stack(expected).sqrt())
+    # In other units of weight, the same; each with its own tissue.
+    torch.testing.assert_close(
+        slide_sample.distance(maps, maps[0], torch.stack([sums, 7 * sums, 2 * sums])), torch.stack(expected).sqrt()
+    )
+
+
 def test_ink_and_folds_darken():
     tile = torch.full((3, 64, 64), 200, dtype=torch.uint8)
     inked = slide_sample.pen(tile, (20, 130, 70))

@@ -24,7 +24,8 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from stainnorm_transform import ColorNormNet, TrainConfig, weights
 from stainnorm_transform.cli.main import main
-from stainnorm_transform.folders.record import FIELDS, Record
+from stainnorm_transform.folders import Offsets
+from stainnorm_transform.folders.record import FIELDS, MAP_FIELDS, Record
 from stainnorm_transform.slides import Slide, is_slide
 from stainnorm_transform.training import checkpoint
 
@@ -235,9 +236,8 @@ class Trap:
         return (pytest.fail, ("a pickle was run",))
 
 
-METADATA = {
-    "stainnorm_transform": json.dumps({"format": weights.FORMAT, "target": "t", "config": {"preserve_white": True}})
-}
+CONFIG = {"preserve_white": True, "slope": 0.3}
+METADATA = {"stainnorm_transform": json.dumps({"format": weights.FORMAT, "target": "t", "config": CONFIG})}
 GOOD_WEIGHTS = safetensors.torch.save(ColorNormNet().state_dict(), METADATA)
 
 
@@ -279,13 +279,13 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
     max_leaves=8,
 )
-PARTS = ["format", "target", "config", "data", "metrics", "date", "network", "preserve_white"]
+PARTS = ["format", "target", "config", "data", "metrics", "date", "network", "preserve_white", "slope"]
 
 
 @given(changes=st.dictionaries(st.sampled_from(PARTS) | st.text(max_size=5), JSON, max_size=4))
 @FUZZ
 def test_odd_metadata(folder, changes):
-    metadata = {"format": weights.FORMAT, "target": "t", "config": {"preserve_white": True}, **changes}
+    metadata = {"format": weights.FORMAT, "target": "t", "config": CONFIG, **changes}
     text = json.dumps(metadata)
     load(folder, safetensors.torch.save(ColorNormNet().state_dict(), {"stainnorm_transform": text}))
 
@@ -377,18 +377,37 @@ def test_damaged_checkpoints(good_checkpoint, data):
 
 @given(data=st.data())
 @FUZZ
+def test_damaged_tables_of_offsets(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("table") / "table.csv"
+    header = ",".join(("input", "offset_a", "offset_b", *MAP_FIELDS)).encode() + b"\n"
+    path.write_bytes(data.draw(damaged(header + b"a.png,1,2,1,2,3,4,5,6,7,8\n/in/b.svs,1,2,,,,,,,,\n")))
+    try:
+        found = Offsets.parse(str(path))
+    except ValueError as error:
+        assert f"{path}, line " in str(error)
+        count("refused")
+        return
+    for shift in found.by_path.values():
+        assert (shift.offset.shape, shift.color_map.shape) == ((2,), (2, 4))
+        assert shift.offset.isfinite().all()
+        assert shift.color_map.isfinite().all()
+    count("read")
+
+
+@given(data=st.data())
+@FUZZ
 def test_damaged_records(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("record")
     path, output = folder / "in.png", folder / "out.png"
     path.write_bytes(b"in")
     output.write_bytes(b"out")
     header = ",".join(FIELDS).encode() + b"\n"
-    content = header + data.draw(damaged(b'/in.png,"out,\n.png",1,2,stainnorm,1,2,3\n')) * 2
+    content = header + data.draw(damaged(b'/in.png,"out,\n.png",1,2,1,2,3,4,5,6,7,8,stainnorm,1,2,3,4\n')) * 2
     (folder / "offsets.csv").write_bytes(content)
     try:
         with Record(folder, "test") as made:
             assert not made.is_current(path, output)
-            made.add(made.source(path), output, 1, 2, output)
+            made.add(made.source(path), output, [1, 2], range(8), output)
             assert made.is_current(path, output)
         count("read")
     except ValueError as error:

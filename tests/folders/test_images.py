@@ -15,6 +15,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from stainnorm_transform.estimate import has_tissue, small_copy
 from stainnorm_transform.folders import images
 from stainnorm_transform.folders.images import is_mask
+from stainnorm_transform.folders.record import MAP_FIELDS
 
 TILE = np.ascontiguousarray(render_tile().permute(1, 2, 0).numpy())
 CODECS = {
@@ -108,8 +109,10 @@ def test_label_masks_beside_tiles_are_copied_to_the_byte(run, tmp_path, random_n
     printed = capsys.readouterr()
     assert printed.err == ""
     assert f"{folder}/rgb{suffix}: few flat colors, as in a label mask: copied as it is\n" in printed.out
-    taken = {row["output"]: (row["offset_a"], row["offset_b"]) for row in rows(tmp_path / "out")}
-    assert [name for name, offset in taken.items() if offset != ("0.000", "0.000")] == ["tile.png"]
+    taken = {row["output"]: [row["offset_a"], row["offset_b"]] for row in rows(tmp_path / "out")}
+    assert [name for name, offset in taken.items() if offset != ["0.000", "0.000"]] == ["tile.png"]
+    maps = {row["output"]: [float(row[name]) for name in MAP_FIELDS] for row in rows(tmp_path / "out")}
+    assert [name for name, color_map in maps.items() if any(color_map)] == ["tile.png"]
 
 
 def test_many_masks_are_told_in_one_line(run, tmp_path, capsys):

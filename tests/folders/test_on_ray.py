@@ -9,6 +9,8 @@ import pytest
 from safetensors.torch import load_file
 from synthetic import ROOT, make_slide, rows, save, tissue
 
+from stainnorm_transform.folders.record import MAP_FIELDS
+
 ray = pytest.importorskip("ray", reason='needs Ray: pip install -e ".[ray]"')
 
 
@@ -88,11 +90,13 @@ def test_given_offsets_and_a_manifest_of_others(run_on_ray, tmp_path):
     make_slide(tmp_path / "in/a.svs", tissue(300, 300))
     save(tmp_path / "in/b.png")
     table = tmp_path / "table.csv"
-    table.write_text("input,offset_a,offset_b\na.svs,1,2\n")
+    table.write_text(f"input,offset_a,offset_b,{','.join(MAP_FIELDS)}\na.svs,1,2,1,0,0.5,0,2,0,0,0\n")
     done = run_on_ray("--offset", table)
     assert done.returncode == 1
     assert f"b.png: it is not in {table}" in done.stderr
-    assert [(row["offset_a"], row["offset_b"]) for row in rows(tmp_path / "out")] == [("1.000", "2.000")]
+    (row,) = rows(tmp_path / "out")
+    assert (row["offset_a"], row["offset_b"]) == ("1.000", "2.000")
+    assert [float(row[name]) for name in MAP_FIELDS] == [1, 0, 0.5, 0, 2, 0, 0, 0]
     (tmp_path / "out/manifest.csv").write_text("mine")
     done = run_on_ray()
     assert done.returncode == 2

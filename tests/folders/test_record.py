@@ -13,14 +13,16 @@ from synthetic import make_tiles, rows, save
 from torchvision.transforms.v2.functional import to_pil_image
 
 from stainnorm_transform import NormalizeStain, TrainConfig, __version__, weights
-from stainnorm_transform.estimate import estimate_offset
 from stainnorm_transform.folders import FileNormalizer, Settings, images, record
+
+# Of version 0.1.0.
+OLD_HEADER = "input,output,offset_a,offset_b,made_by,input_bytes,input_mtime_ns,output_bytes,output_mtime_ns\r\n"
 
 
 def test_shipped_weights_are_told_as_ever():
     """Or all results would seem to be of other weights."""
     assert FileNormalizer(Settings(Path("out"), "camelyon17")).record.made_by.endswith(
-        " camelyon17-center1 f7653f2d36e6"
+        " camelyon17-center1 578c65e9af8d"
     )
 
 
@@ -32,7 +34,7 @@ def test_no_line_is_cut_by_a_full_disk(tmp_path, monkeypatch):
         write = os.write
         monkeypatch.setattr(os, "write", lambda handle, line: write(handle, line[:5]))
         with pytest.raises(OSError, match=r"No space left on device: .*offsets\.csv"):
-            made.add(made.source(output), output, 1, 2, output)
+            made.add(made.source(output), output, [1, 2], [0] * 8, output)
         assert (tmp_path / "offsets.csv").read_bytes() == before
 
 
@@ -70,9 +72,13 @@ def test_only_what_changed_is_done_again(run, tmp_path, trained, random_normaliz
     # As if a run that replaces them had been interrupted.
     assert run(tiles[0], options=["--again"]) == 0
     assert done(["--again"]) == everything[1:]
-    for tile, row in zip(tiles, rows(out)[-5:], strict=True):
-        offset = estimate_offset(random_network, read(tile))
+    changed = NormalizeStain(random_network)
+    # Images are done several at a time, in any order.
+    for tile, row in zip(tiles, sorted(rows(out)[-5:], key=lambda row: row["input"]), strict=True):
+        offset, color_map = changed.estimate_offset(read(tile)), changed.estimate_map(read(tile))
         assert [float(row["offset_a"]), float(row["offset_b"])] == pytest.approx(offset[1:].tolist(), abs=1e-3)
+        taken = [float(row[name]) for name in record.MAP_FIELDS]
+        assert taken == pytest.approx(color_map.flatten().tolist(), abs=1e-4)
     made_by = {row["made_by"] for row in rows(out)}
     assert len(made_by) == 2
     assert all(name.startswith(f"stainnorm {__version__} test ") for name in made_by)
@@ -80,6 +86,24 @@ def test_only_what_changed_is_done_again(run, tmp_path, trained, random_normaliz
         patched.setattr("stainnorm_transform.folders.normalizer.__version__", "99")
         assert done() == everything
     assert done() == everything
+
+
+def test_results_of_an_earlier_version_below_an_input_are_no_inputs(run, tmp_path, capsys):
+    save(tmp_path / "in/a.png")
+    save(tmp_path / "in/first/a.png")
+    (tmp_path / "in/first/offsets.csv").write_bytes(OLD_HEADER.encode())
+    assert run(tmp_path / "in") == 0
+    assert f"(to normalize them, name them as INPUT):\n  {tmp_path}/in/first\n" in capsys.readouterr().out
+    assert [row["output"] for row in rows(tmp_path / "out")] == ["a.png"]
+
+
+def test_weights_for_offsets_alone_are_other_weights(run, tmp_path, trained, random_network, capsys):
+    """If the networks are the same, what is made of their output is not."""
+    path = save(tmp_path / "a.png")
+    assert run(path) == 0
+    weights.save(random_network, trained, TrainConfig(slope=0), target="test")
+    assert run(path) == 2
+    assert "were made with other weights" in capsys.readouterr().err
 
 
 def test_another_image_for_the_same_place_is_made(run, tmp_path, random_normalize):
@@ -90,15 +114,18 @@ def test_another_image_for_the_same_place_is_made(run, tmp_path, random_normaliz
     assert torch.equal(read(tmp_path / "out/a.png"), random_normalize(render_tile(3)))
 
 
-@pytest.mark.parametrize("content", ["slide,offset\na,1\n", "input,output,offset_a,offset_b\n", "\x00", '"'])
+@pytest.mark.parametrize(
+    "content", ["slide,offset\na,1\n", "input,output,offset_a,offset_b\n", OLD_HEADER, "\x00", '"']
+)
 def test_a_file_of_the_name_of_the_record_is_not_replaced(run, tmp_path, capsys, content):
     save(tmp_path / "a.png")
     path = tmp_path / "out/offsets.csv"
     path.parent.mkdir()
-    path.write_text(content)
+    path.write_bytes(content.encode())
     assert run(tmp_path / "a.png") == 2
-    assert "offsets.csv is not a record of this version, and is not replaced" in capsys.readouterr().err
-    assert path.read_text() == content
+    said = "offsets.csv is not a record of this version, and is not replaced: move it, or choose another output folder"
+    assert said in capsys.readouterr().err
+    assert path.read_bytes() == content.encode()
     assert [file.name for file in path.parent.iterdir()] == ["offsets.csv"]
 
 
@@ -106,10 +133,12 @@ def test_a_line_that_was_cut_is_done_again(run, tmp_path, capsys):
     tiles, out = make_tiles(tmp_path / "in", 3), tmp_path / "out"
     assert run(tmp_path / "in") == 0
     path = out / "offsets.csv"
+    listed = [row["output"] for row in rows(out)]
+    assert sorted(listed) == [tile.name for tile in tiles]
     path.write_bytes(path.read_bytes()[:-20])
     assert run(tmp_path / "in") == 0
     assert "2 of them by an earlier run" in capsys.readouterr().out
-    assert [row["output"] for row in rows(out)] == [*(tile.name for tile in tiles), tiles[2].name]
+    assert [row["output"] for row in rows(out)] == [*listed, listed[-1]]
     table = rows(out)
     table[0]["offset_a"], table[1]["offset_b"] = "1;5", "nan"
     with path.open("w", newline="") as file:

@@ -10,24 +10,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import by_openslide, levels_of, make_slide, tissue
 
-from stainnorm_transform import NormalizeStain
-from stainnorm_transform.color import shift_ab
-from stainnorm_transform.slides import Slide, SlideFormat, slide_normalizer, write_slide
+from stainnorm_transform import ColorNormNet, NormalizeStain
+from stainnorm_transform.color import as_map, shift_ab
+from stainnorm_transform.slides import Slide, SlideFormat, slide_normalizer, write_slide, writer
 from stainnorm_transform.slides.pyramid import level_sizes
 
 LOSSLESS = SlideFormat(quality=None)
+MAP = torch.tensor([[12.0, 1.5, 3.25, -0.5], [-15.0, 0.75, -1.0, 2.0]])
 
 
 @pytest.fixture(scope="module")
 def normalize():
-    network = NormalizeStain.pretrained().network
-    return NormalizeStain(network, target="test|ed", offset=torch.tensor([0.0, 12.0, -15.0]))
+    return NormalizeStain(ColorNormNet(), target="test|ed", fixed_map=MAP)
 
 
 def write(path, out, normalize, file_format=LOSSLESS, threads=2):
     with Slide(path) as slide:
         write_slide(slide, out, normalize, file_format, threads)
     return out
+
+
+def shifted(pixels, color_map, preserve_white=True):
+    """By ``shift_ab``, as integers that can be subtracted."""
+    image = torch.from_numpy(pixels).permute(2, 0, 1)
+    return shift_ab(image, -color_map, preserve_white).permute(1, 2, 0).numpy().astype(int)
 
 
 def halved(pixels):
@@ -39,23 +45,43 @@ def halved(pixels):
 
 @pytest.mark.parametrize("ome", [False, True])
 @pytest.mark.parametrize(("height", "width"), [(1300, 2100), (1024, 1024), (512, 512), (513, 511), (37, 2500), (1, 1)])
-def test_it_is_the_tile_transform_with_the_same_offset_in_every_level(tmp_path, normalize, height, width, ome):
+def test_it_is_the_tile_transform_with_the_same_map_in_every_level(tmp_path, normalize, height, width, ome):
     """So there are no seams between tiles, blocks, or levels."""
     pixels = tissue(height, width)
     path = make_slide(tmp_path / "a.svs", pixels, levels=())
     out = write(path, tmp_path / "out.tif", normalize, SlideFormat(quality=None, ome=ome))
-    expected = shift_ab(torch.from_numpy(pixels).permute(2, 0, 1), -normalize.offset[1:]).permute(1, 2, 0).numpy()
     levels = levels_of(out)
     assert [level.shape[1::-1] for level in levels] == level_sizes(width, height)
-    # The table rounds rare pixels to the next level.
-    difference = np.abs(levels[0].astype(int) - expected)
-    assert difference.max() <= 1
-    assert difference.mean() < 1e-4
+    assert_same_but_for_rounding(levels[0], shifted(pixels, MAP))
     for larger, smaller in pairwise(levels):
         assert np.array_equal(smaller, halved(larger))
     if not ome:
         for number, level in enumerate(levels):
             assert np.array_equal(by_openslide(out, number), level)
+
+
+def assert_same_but_for_rounding(level, expected):
+    """Rare pixels are rounded to the next level."""
+    difference = np.abs(level.astype(int) - expected)
+    assert difference.max() <= 1
+    assert difference.mean() < 1e-4
+
+
+@pytest.mark.parametrize("color_map", [MAP, as_map(MAP[:, 0])], ids=["map", "offset"])
+@pytest.mark.parametrize("preserve_white", [True, False])
+def test_a_table_gives_the_same(tmp_path, monkeypatch, color_map, preserve_white):
+    """Large slides go through one, small ones do not."""
+    pixels = tissue(600, 700)
+    path = make_slide(tmp_path / "a.svs", pixels)
+    fixed = NormalizeStain(ColorNormNet(), preserve_white, fixed_map=color_map)
+    expected = shifted(pixels, color_map, preserve_white)
+    for name, size in (("without.tif", pixels.size), ("with.tif", 1)):
+        monkeypatch.setattr(writer, "TABLE_SIZE", size)
+        with monkeypatch.context() as patched:
+            # Nothing else may be used.
+            patched.setattr(writer, "shift_pixels" if size == 1 else "shift_table", None)
+            assert_same_but_for_rounding(levels_of(write(path, tmp_path / name, fixed))[0], expected)
+    assert np.abs(expected - pixels).mean() > 3
 
 
 @given(st.integers(1, 10**6), st.integers(1, 10**6))
@@ -111,7 +137,9 @@ def test_openslide_finds_metadata_and_images(tmp_path, normalize):
         assert float(properties["openslide.mpp-x"]) == float(properties["openslide.mpp-y"]) == 0.2528
         assert properties["openslide.objective-power"] == "40"
         assert properties["aperio.Stain target"] == "test?ed"
-        assert (properties["aperio.Offset a"], properties["aperio.Offset b"]) == ("12.000", "-15.000")
+        assert properties["aperio.Stain map a"] == "12.0000 1.5000 3.2500 -0.5000"
+        assert properties["aperio.Stain map b"] == "-15.0000 0.7500 -1.0000 2.0000"
+        assert not any("Offset" in name for name in properties)
         assert slide.level_dimensions == ((1500, 1100), (750, 550), (375, 275))
         assert slide.get_best_level_for_downsample(4) == 2
         assert set(slide.associated_images) == {"thumbnail"}
@@ -134,7 +162,7 @@ def test_readers_of_ome_tiff_find_metadata_and_images(tmp_path, normalize):
         image = tifffile.xml2dict(tiff.ome_metadata)["OME"]["Image"][0]
         assert image["Pixels"]["PhysicalSizeX"] == image["Pixels"]["PhysicalSizeY"] == 0.2528
         assert image["Pixels"]["PhysicalSizeXUnit"] == "µm"
-        assert "Offset a = 12.000" in image["Description"]
+        assert "Stain map a = 12.0000 1.5000 3.2500 -0.5000, Stain map b = -15.0000 0.7500" in image["Description"]
         assert image["ObjectiveSettings"]["ID"] == "Objective:0"
     with tiffslide.TiffSlide(out) as slide:
         assert slide.level_dimensions == ((1500, 1100), (750, 550), (375, 275))
@@ -178,7 +206,7 @@ def test_qualities_that_are_none_are_refused():
 def test_a_real_slide_in_every_format(data, tmp_path):
     path = data / "slides/small_HE.svs"
     with Slide(path) as slide:
-        fixed, _ = slide_normalizer(slide, NormalizeStain.pretrained())
+        fixed = slide_normalizer(slide, NormalizeStain.pretrained()).normalize
         raw = slide.read(0, 0, *slide.dimensions)
     expected = fixed(raw).permute(1, 2, 0).numpy().astype(int)
     for file_format, most in ((LOSSLESS, 0), (SlideFormat(90), 3), (SlideFormat(90, ome=True), 3)):
@@ -188,8 +216,7 @@ def test_a_real_slide_in_every_format(data, tmp_path):
 
 
 def test_without_white_preserved_glass_is_shifted_too(tmp_path, normalize):
-    plain = NormalizeStain(normalize.network, preserve_white=False, offset=normalize.offset)
+    plain = NormalizeStain(normalize.network, preserve_white=False, fixed_map=MAP)
     pixels = tissue(300, 300)
     out = write(make_slide(tmp_path / "a.svs", pixels), tmp_path / "out.tif", plain)
-    expected = shift_ab(torch.from_numpy(pixels).permute(2, 0, 1), -normalize.offset[1:], preserve_white=False)
-    assert np.abs(levels_of(out)[0] - expected.permute(1, 2, 0).numpy().astype(int)).max() <= 1
+    assert np.abs(levels_of(out)[0] - shifted(pixels, MAP, preserve_white=False)).max() <= 1

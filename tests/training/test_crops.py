@@ -9,14 +9,14 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms.v2.functional import to_pil_image
 
 from stainnorm_transform import TrainConfig
-from stainnorm_transform.color import shift_ab
+from stainnorm_transform.color import MAP_UNIT, MAX_SLOPE, shift_ab
 from stainnorm_transform.training.crops import (
     CROPS_PER_IMAGE,
     Batch,
     _DatasetCrops,
     batches,
     each_image,
-    stratified_offsets,
+    random_maps,
     to_tensor,
 )
 
@@ -76,12 +76,13 @@ def test_the_number_of_workers_changes_nothing(tiles):
     assert same(batches(tiles, CONFIG, 0), batches(tiles, CONFIG, 0, workers=2))
 
 
-def test_crops_offsets_and_weights(tiles):
+def test_crops_maps_and_weights(tiles):
     for batch in batches(tiles, CONFIG, 0):
         assert batch.crops.shape == (8, 3, 32, 32)
         assert batch.crops.dtype == torch.float32
         assert batch.weight.shape == (8, 1, 32, 32)
-        assert batch.offset.shape == batch.jitter.shape == (8, 2)
+        assert batch.shift.shape == (8, 2, 4)
+        assert batch.jitter.shape == (8, 2)
         limits = torch.tensor([CONFIG.contrast_jitter, CONFIG.darkness_jitter])
         assert (batch.jitter.log().abs() <= limits + 1e-6).all()
         assert (batch.jitter.std(dim=0) > limits / 4).all()
@@ -92,7 +93,7 @@ def test_crops_offsets_and_weights(tiles):
 
 def test_offsets_are_uniform_and_spread_evenly_over_a_batch():
     config = TrainConfig(batch_size=20, max_offset=40.0)
-    offsets = torch.stack([stratified_offsets(config, number) for number in range(200)])
+    offsets = torch.stack([random_maps(config, number)[..., 0] for number in range(200)])
     assert offsets.shape == (200, 20, 2)
     strata = ((offsets + 40) / 4).floor().long()
     assert torch.equal(strata.sort(dim=1).values, torch.arange(20)[:, None].expand(200, 20, 2))
@@ -101,6 +102,24 @@ def test_offsets_are_uniform_and_spread_evenly_over_a_batch():
     assert within.mean().item() == pytest.approx(0.5, abs=0.02)
     assert torch.corrcoef(offsets.reshape(-1, 2).T)[0, 1].abs() < 0.05
     assert not torch.equal(offsets[0], offsets[1])
+
+
+def test_slopes_are_random_and_bounded_and_none_where_offsets_are_trained_for():
+    config = TrainConfig(batch_size=20, slope=0.2)
+    maps = torch.cat([random_maps(config, number) for number in range(100)])
+    slopes = maps[..., 1:] / MAP_UNIT
+    assert slopes[..., 1:].flatten(1).norm(dim=1).max() <= MAX_SLOPE * (1 + 1e-6)
+    assert slopes[..., 0].norm(dim=1).max() <= MAX_SLOPE * (1 + 1e-6)
+    expected = torch.tensor([[0.2 * 5 / 6, 0.2, 0.2 * 2 / 3], [0.2 * 5 / 6, 0.2 * 2 / 3, 0.2]])
+    # The bound cuts a little.
+    torch.testing.assert_close(slopes.std(dim=0), expected, rtol=0.1, atol=0)
+    assert slopes.mean(dim=0).abs().max() < 0.02
+    assert maps.flatten(1).T.corrcoef().fill_diagonal_(0).abs().max() < 0.1
+    assert maps.flatten(1).unique(dim=0).shape == (2000, 8)
+    offsets = random_maps(TrainConfig(batch_size=20, slope=0), 7)
+    assert offsets[..., 1:].eq(0).all()
+    assert torch.equal(offsets[..., 0], random_maps(config, 7)[..., 0])
+    assert torch.equal(random_maps(config, 7), maps[140:160])
 
 
 def test_images_of_any_size_are_drawn_equally_often():

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import safetensors.torch
 import torch
@@ -6,11 +8,11 @@ from render_tiles import render_tile
 from torch.utils.data import DataLoader
 
 from stainnorm_transform import ColorNormNet, NormalizeStain, TrainConfig, train
-from stainnorm_transform.color import shift_ab
+from stainnorm_transform.color import as_map, shift_ab
 from stainnorm_transform.estimate import tissue_weight
 from stainnorm_transform.training import offset_errors
-from stainnorm_transform.training.crops import Batch
-from stainnorm_transform.training.loop import offset_loss, warmup_cosine
+from stainnorm_transform.training.crops import Batch, batches
+from stainnorm_transform.training.loop import shift_loss, warmup_cosine
 
 SHORT = TrainConfig(iterations=4, batch_size=4, crop=32, scales=(1.0, 2.0), report_every=2)
 TILES = [render_tile(seed, 64) for seed in range(3)]
@@ -25,24 +27,107 @@ def constant(*offset: float) -> ColorNormNet:
     return network
 
 
-def test_loss_is_l1_plus_lambda_l2_of_map_and_mean():
+def fade(lab, preserve_white):
+    lightness = lab[:, :1]
+    return torch.minimum((97 - lightness) / 37, (lightness - 5) / 5).clamp(0, 1) ** int(preserve_white)
+
+
+class Faded(ColorNormNet):
+    """Predicts an offset that fades out towards white and black, and an error of its own."""
+
+    def __init__(self, offset, preserve_white=True, error=(0.0, 0.0, 0.0)):
+        super().__init__()
+        self.offset, self.preserve_white = offset.view(-1, 2, 1, 1), preserve_white
+        self.error = torch.tensor(error).view(3, 1, 1)
+
+    def forward(self, lab):
+        shown = fade(lab, self.preserve_white) * self.offset
+        return torch.nn.functional.pad(shown, (0, 0, 0, 0, 1, 0)) + self.error
+
+
+class Told(ColorNormNet):
+    """Predicts what it is told."""
+
+    def __init__(self, distance, error=(0.0, 0.0, 0.0)):
+        super().__init__()
+        self.distance, self.error = distance, torch.tensor(error).view(3, 1, 1)
+
+    def forward(self, lab):
+        return torch.nn.functional.pad(self.distance, (0, 0, 0, 0, 1, 0)) + self.error
+
+
+def shifted_by(batch, preserve_white):
+    """How far maps shift every pixel: w B z."""
+    lightness, a, b = rgb_to_lab(batch.crops).unbind(1)
+    z = torch.stack([torch.ones_like(a), (lightness - 60) / 20, (a - 20) / 20, (b + 12) / 20], dim=1)
+    return fade(rgb_to_lab(batch.crops), preserve_white) * (batch.shift @ z.flatten(2)).unflatten(2, a.shape[1:])
+
+
+def test_loss_is_l1_plus_lambda_l2_of_pixels_and_mean():
     crops = torch.stack([render_tile(seed) for seed in range(3)]) / 255
-    batch = Batch(crops, tissue_weight(rgb_to_lab(crops)), torch.tensor([[5.0, -7.0]] * 3), torch.ones(3, 2))
-    right = offset_loss(constant(0.0, 5.0, -7.0), batch, TrainConfig())
+    shift = as_map(torch.tensor([[5.0, -7.0]] * 3))
+    batch = Batch(crops, tissue_weight(rgb_to_lab(crops)), shift, torch.ones(3, 2))
+    uniform = {"preserve_white": False}
+    right = shift_loss(constant(0.0, 5.0, -7.0), batch, TrainConfig(**uniform))
     assert right.item() == pytest.approx(0, abs=1e-4)
-    wrong = offset_loss(constant(1.0, 5.0, -3.0), batch, TrainConfig(l2_weight=0.5))
-    # Errors (1, 0, 4) everywhere: L1 + 0.5 L2 is 1.5 and 12, averaged over channels, for the map and for its mean.
+    wrong = shift_loss(constant(1.0, 5.0, -3.0), batch, TrainConfig(l2_weight=0.5, **uniform))
+    # Errors (1, 0, 4) everywhere: L1 + 0.5 L2 is 1.5 and 12, averaged over channels, for the pixels and their mean.
     assert wrong.item() == pytest.approx(2 * (1.5 + 12) / 3, rel=1e-4)
+    assert shift_loss(constant(0.0, 5.0, -7.0), batch, TrainConfig()).item() > 1
+
+
+@pytest.mark.parametrize("preserve_white", [True, False])
+def test_loss_is_zero_for_a_network_that_knows_how_far_every_pixel_was_shifted(preserve_white):
+    config = TrainConfig(iterations=1, batch_size=4, scales=(1.0, 2.0), l2_weight=0.5, preserve_white=preserve_white)
+    (batch,) = batches(TILES, config, 0)
+    assert batch.shift[..., 1:].ne(0).all()
+    assert batch.jitter.ne(1).all()
+    distance = shifted_by(batch, preserve_white)
+    # Whatever the jitter, it is the shift that is to be predicted.
+    for jitter in (batch.jitter, torch.ones(4, 2)):
+        right = shift_loss(Told(distance), batch._replace(jitter=jitter), config)
+        assert right.item() == pytest.approx(0, abs=1e-4)
+        wrong = shift_loss(Told(distance, (1.0, 0.0, 4.0)), batch._replace(jitter=jitter), config)
+        assert wrong.item() == pytest.approx(2 * (1.5 + 12) / 3, rel=1e-3)
+
+
+@pytest.mark.parametrize("preserve_white", [True, False])
+def test_the_network_sees_crops_whose_pixels_were_shifted_as_far_as_it_is_to_predict(preserve_white):
+    config = TrainConfig(iterations=1, batch_size=4, scales=(1.0, 2.0), max_offset=5, preserve_white=preserve_white)
+    (batch,) = batches(TILES, config, 0)
+    batch = batch._replace(jitter=torch.ones(4, 2))
+    before, after = rgb_to_lab(batch.crops), seen_by_the_network(batch, config)
+    shifted = shift_ab(batch.crops, batch.shift, preserve_white)
+    inside = ((shifted > 1e-4) & (shifted < 1 - 1e-4)).all(dim=1, keepdim=True)
+    assert inside.float().mean() > 0.9
+    expected = before + torch.nn.functional.pad(shifted_by(batch, preserve_white), (0, 0, 0, 0, 1, 0))
+    torch.testing.assert_close(torch.where(inside, after, 0), torch.where(inside, expected, 0), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("preserve_white", [True, False])
+def test_without_slopes_the_network_learns_offsets_that_fade_out(preserve_white):
+    # Small, so that L* stays: the network knows the share of an offset by that alone.
+    config = TrainConfig(
+        iterations=1, batch_size=4, max_offset=5, slope=0, darkness_jitter=0, preserve_white=preserve_white
+    )
+    (batch,) = batches([render_tile(seed) for seed in range(3)], config, 0)
+    assert batch.shift[..., 1:].eq(0).all()
+    offsets = batch.shift[..., 0]
+    assert shift_loss(Faded(offsets, preserve_white), batch, config).item() == pytest.approx(0, abs=0.01)
+    assert shift_loss(Faded(offsets, not preserve_white), batch, config).item() > 0.3
 
 
 def test_offset_errors_are_estimated_minus_true_offsets():
     images = [render_tile(seed) for seed in range(2)]
-    errors = offset_errors(constant(0.0, 1.0, 2.0), images, max_offset=20, draws=100)
+    network, how = constant(0.0, 1.0, 2.0), {"preserve_white": False, "max_offset": 20, "draws": 100}
+    errors = offset_errors(network, images, **how)
     assert errors.shape == (2, 100, 2)
     assert errors.std(dim=1).mean().item() == pytest.approx(20 / 3**0.5, rel=0.15)
     assert ((errors - torch.tensor([1.0, 2.0])).abs() <= 20 + 1e-4).all()
-    frozen = NormalizeStain(constant(0.0, 1.0, 2.0)).network
-    assert torch.equal(errors, offset_errors(frozen, images, max_offset=20, draws=100))
+    frozen = NormalizeStain(network).network
+    assert torch.equal(errors, offset_errors(frozen, images, **how))
+    faded = offset_errors(Faded(torch.tensor([1.0, 2.0])), images[:1], max_offset=20, draws=100)
+    torch.testing.assert_close(faded, errors[:1], atol=1e-4, rtol=0)
 
 
 def test_training_learns_the_offset():
@@ -125,6 +210,8 @@ def test_a_checkpoint_of_another_run_or_half_of_one_is_refused(tmp_path):
     whole = checkpoint.read_bytes()
     with pytest.raises(ValueError, match=r"other settings \(learning_rate 0\.01, now 0\.1, seed 0, now 3\)"):
         train(TILES, TrainConfig(**{**vars(SHORT), "seed": 3, "learning_rate": 0.1}), checkpoint=checkpoint)
+    with pytest.raises(ValueError, match=r"other settings \(slope 0\.3, now 0\)"):
+        train(TILES, TrainConfig(**{**vars(SHORT), "slope": 0}), checkpoint=checkpoint)
     # Fewer iterations than it has done are another setting, not a damaged file.
     with pytest.raises(ValueError, match=r"other settings \(iterations \d+, now 1\)"):
         train(TILES, TrainConfig(**{**vars(SHORT), "iterations": 1}), checkpoint=checkpoint)
@@ -135,6 +222,13 @@ def test_a_checkpoint_of_another_run_or_half_of_one_is_refused(tmp_path):
         checkpoint.write_bytes(whole[:size])
         with pytest.raises(ValueError, match="expected the checkpoint of a training run"):
             train(TILES, SHORT, checkpoint=checkpoint)
+    tensors = safetensors.torch.load(whole)
+    metadata = json.loads(bytes(tensors["metadata"].tolist()))
+    assert metadata["format"] == 3
+    older = torch.tensor(list(json.dumps({**metadata, "format": 2}).encode()), dtype=torch.uint8)
+    safetensors.torch.save_file({**tensors, "metadata": older}, checkpoint)
+    with pytest.raises(ValueError, match="it is of another version of the package"):
+        train(TILES, SHORT, checkpoint=checkpoint)
     safetensors.torch.save_file({"metadata": torch.zeros(1)}, checkpoint)
     with pytest.raises(ValueError, match="expected the checkpoint of a training run"):
         train(TILES, SHORT, checkpoint=checkpoint)
@@ -186,7 +280,8 @@ def test_the_number_of_workers_does_not_change_the_network():
 
 
 def test_paper_recipe_shifts_white_as_well():
-    batch = Batch(torch.ones(1, 3, 16, 16), torch.ones(1, 1, 16, 16), torch.tensor([[10.0, 10.0]]), torch.ones(1, 2))
+    shift = as_map(torch.tensor([[10.0, 10.0]]))
+    batch = Batch(torch.ones(1, 3, 16, 16), torch.ones(1, 1, 16, 16), shift, torch.ones(1, 2))
     for preserve_white, moved in ((True, False), (False, True)):
         lab = seen_by_the_network(batch, TrainConfig(preserve_white=preserve_white))
         assert (lab[:, 1:].abs().max() > 0.1) == moved
@@ -197,9 +292,9 @@ def test_jitter_changes_darkness_and_contrast_but_not_the_mean_color_of_the_tiss
     config = TrainConfig(preserve_white=preserve_white)
     crops = torch.stack([render_tile(seed) for seed in range(2)]) / 255
     weight = tissue_weight(rgb_to_lab(crops))
-    offset = torch.zeros(2, 2)
-    before = seen_by_the_network(Batch(crops, weight, offset, torch.ones(2, 2)), config)
-    after = seen_by_the_network(Batch(crops, weight, offset, torch.tensor([[1.5, 0.8], [0.7, 1.25]])), config)
+    shift = torch.zeros(2, 2, 4)
+    before = seen_by_the_network(Batch(crops, weight, shift, torch.ones(2, 2)), config)
+    after = seen_by_the_network(Batch(crops, weight, shift, torch.tensor([[1.5, 0.8], [0.7, 1.25]])), config)
     torch.testing.assert_close(before, rgb_to_lab(crops), atol=1e-3, rtol=0)
     darkness = torch.tensor([0.8, 1.25]).view(2, 1, 1) * (100 - before[:, 0])
     torch.testing.assert_close(100 - after[:, 0], darkness.clamp(max=100), atol=1e-3, rtol=0)
@@ -215,7 +310,7 @@ def seen_by_the_network(batch, config):
     seen = []
     network = ColorNormNet()
     network.stem.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    offset_loss(network, batch, config)
+    shift_loss(network, batch, config)
     return seen[0] * network.lab_scale + network.lab_shift
 
 
@@ -259,6 +354,9 @@ def test_loss_that_is_not_finite_stops_the_run():
         ({"learning_rate": 0}, "finite learning_rate > 0"),
         ({"min_tissue": 2}, "0 < min_tissue <= 1"),
         ({"l2_weight": -1}, "l2_weight >= 0, got -1"),
+        ({"slope": -0.1}, "finite slope >= 0, got -0.1"),
+        ({"slope": float("nan")}, "finite slope >= 0, got nan"),
+        ({"slope": float("inf")}, "finite slope >= 0, got inf"),
         ({"darkness_jitter": -1}, "0 <= darkness_jitter <= 2, got -1"),
         ({"contrast_jitter": float("inf")}, "0 <= contrast_jitter <= 2, got inf"),
         ({"seed": -1}, "seed from 0 to .*, got -1"),

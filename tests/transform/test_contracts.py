@@ -66,21 +66,31 @@ def random_network() -> ColorNormNet:
     return network
 
 
+COLOR_MAP = torch.tensor([[-7.0, 2.0, -4.0, 1.0], [9.0, 3.0, 2.0, -5.0]])
+
+
 class Shift(nn.Module):
     """shift_ab, which has no PIL images."""
 
+    def __init__(self, *shift):
+        super().__init__()
+        self.shift = shift
+
     def forward(self, image):
-        return shift_ab(image, torch.tensor([7.0, -9.0]))
+        shift, *darkness = self.shift
+        return shift_ab(image, shift, True, *darkness)
 
 
 OPERATIONS = {
     "NormalizeStain": lambda: NormalizeStain(random_network()),
-    "fixed offset": lambda: NormalizeStain(random_network(), offset=torch.tensor([0.0, -7.0, 9.0])),
-    "uniform": lambda: NormalizeStain(random_network(), preserve_white=False),
+    "fixed map": lambda: NormalizeStain(random_network(), fixed_map=COLOR_MAP),
+    "uniform": lambda: NormalizeStain(random_network(), preserve_white=False, slopes=False),
     "PerturbStain": lambda: PerturbStain(20),
-    "shift_ab": Shift,
+    "shift_ab": lambda: Shift(torch.tensor([7.0, -9.0])),
+    "shift_ab by a map and darkness": lambda: Shift(COLOR_MAP, torch.tensor(0.8)),
 }
-ESTIMATING = ["NormalizeStain", "fixed offset", "uniform", "shift_ab"]
+SHIFTS = ["shift_ab", "shift_ab by a map and darkness"]
+ESTIMATING = ["NormalizeStain", "fixed map", "uniform", *SHIFTS]
 
 
 @pytest.fixture(params=OPERATIONS)
@@ -107,7 +117,7 @@ def content(image) -> tuple:
 
 @pytest.mark.parametrize("kind", INPUTS)
 def test_what_comes_out_is_what_went_in_but_for_its_colors(operation, kind):
-    if kind == "PIL" and operation.name == "shift_ab":
+    if kind == "PIL" and operation.name in SHIFTS:
         with pytest.raises(TypeError, match="expected a tensor, got Image"):
             operation(INPUTS[kind]())
         return
@@ -116,7 +126,7 @@ def test_what_comes_out_is_what_went_in_but_for_its_colors(operation, kind):
     out = operation(image)
     assert content(image) == before, "the input was written to"
     assert content(operation(image)) == content(out), "not deterministic"
-    if operation.name == "shift_ab":  # like any torch function, it makes tensors of tv_tensors
+    if operation.name in SHIFTS:  # like any torch function, it makes tensors of tv_tensors
         assert type(out) is torch.Tensor
     elif kind != "PIL":
         assert type(out) is type(image)
@@ -172,10 +182,12 @@ def test_contexts_change_nothing(operation, kind, context):
 def test_contexts_change_no_estimate(context):
     normalize = OPERATIONS["NormalizeStain"]()
     tiles = uint8()
-    dense, slide = normalize.estimate_offset(tiles, dense=True), normalize.for_slide(tiles).offset
+    dense, slide = normalize.estimate_offset(tiles, dense=True), normalize.for_slide(tiles).fixed_map
+    dense_map = normalize.estimate_map(tiles, dense=True)
     with context():
         assert torch.equal(normalize.estimate_offset(tiles, dense=True), dense)
-        assert torch.equal(normalize.for_slide(tiles).offset, slide)
+        assert torch.equal(normalize.estimate_map(tiles, dense=True), dense_map)
+        assert torch.equal(normalize.for_slide(tiles).fixed_map, slide)
 
 
 @pytest.mark.parametrize("context", DEFAULT_DTYPES)
@@ -268,7 +280,7 @@ def test_what_is_done_to_the_module_changes_nothing(operation, change):
     assert torch.equal(operation(image, by=change(operation.module)), expected)
 
 
-@pytest.mark.parametrize("name", ["NormalizeStain", "fixed offset", "uniform"])
+@pytest.mark.parametrize("name", ["NormalizeStain", "fixed map", "uniform"])
 def test_all_state_is_in_the_state_dict(name):
     state = OPERATIONS[name]().state_dict()
     assert sum(tensor.numel() for tensor in state.values()) >= 2352
@@ -283,34 +295,48 @@ def test_vmap_is_a_batch(name):
 
 
 @pytest.mark.parametrize("layout", [lambda image: image[..., ::2], lambda image: image[:1].expand(3, 3, 64, 48)])
-def test_vmap_over_offsets_of_an_image_of_any_layout(layout):
-    image, offsets = layout(uint8() / 255), torch.tensor([[1.0, 2.0], [-9.0, 12.0]])
-    expected = torch.stack([shift_ab(image, offset) for offset in offsets])
-    mapped = torch.func.vmap(lambda offset: shift_ab(image, offset))(offsets)
+def test_vmap_over_shifts_of_an_image_of_any_layout(layout):
+    image = layout(uint8() / 255)
+    for shifts in (torch.tensor([[1.0, 2.0], [-9.0, 12.0]]), torch.stack([COLOR_MAP, -COLOR_MAP])):
+        expected = torch.stack([shift_ab(image, shift) for shift in shifts])
+        mapped = torch.func.vmap(lambda shift: shift_ab(image, shift))(shifts)
+        torch.testing.assert_close(mapped, expected, atol=1e-5, rtol=0)
+
+
+def test_vmap_over_images_maps_and_darkness():
+    images, maps, darkness = (
+        uint8() / 255,
+        torch.stack([COLOR_MAP, 0 * COLOR_MAP, -COLOR_MAP]),
+        torch.tensor([0.8, 1, 2]),
+    )
+    expected = shift_ab(images, maps, True, darkness)
+    mapped = torch.func.vmap(lambda image, shift, factor: shift_ab(image, shift, True, factor))(images, maps, darkness)
     torch.testing.assert_close(mapped, expected, atol=1e-5, rtol=0)
 
 
-def test_vmap_over_the_offset_of_a_uint8_image():
-    normalize, image = OPERATIONS["fixed offset"](), uint8()
-    offsets = torch.tensor([[0.0, 5.0, -3.0], [0.0, -8.0, 2.0]])
+def test_vmap_over_the_map_of_a_uint8_image():
+    normalize, image = OPERATIONS["fixed map"](), uint8()
+    maps = torch.stack([COLOR_MAP, -0.5 * COLOR_MAP])
 
-    def by(offset):
-        return torch.func.functional_call(normalize, {**dict(normalize.named_buffers()), "offset": offset}, (image,))
+    def by(color_map):
+        state = {**dict(normalize.named_buffers()), "fixed_map": color_map}
+        return torch.func.functional_call(normalize, state, (image,))
 
-    expected = torch.stack([normalize.with_offset(offset)(image) for offset in offsets])
-    assert (torch.func.vmap(by)(offsets).int() - expected.int()).abs().max() <= 1
+    expected = torch.stack([normalize.with_map(color_map)(image) for color_map in maps])
+    assert (torch.func.vmap(by)(maps).int() - expected.int()).abs().max() <= 1
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:FutureWarning")  # of torch's own derivatives
 def test_functionalized_and_dual_tensors():
-    image, offset = (uint8() / 255), torch.tensor([4.0, -6.0])
-    expected = shift_ab(image, offset)
-    made = torch.func.functionalize(lambda image, offset: shift_ab(image, offset))(image, offset)
-    torch.testing.assert_close(made, expected, atol=1e-5, rtol=0)
+    image = uint8() / 255
     permuted = image.permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3)
-    with forward_ad.dual_level():
-        dual = shift_ab(forward_ad.make_dual(permuted, permuted), offset)
-        assert dual.stride() == permuted.stride()
+    for shift in (torch.tensor([4.0, -6.0]), COLOR_MAP):
+        expected = shift_ab(image, shift)
+        made = torch.func.functionalize(lambda image, shift: shift_ab(image, shift))(image, shift)
+        torch.testing.assert_close(made, expected, atol=1e-5, rtol=0)
+        with forward_ad.dual_level():
+            dual = shift_ab(forward_ad.make_dual(permuted, permuted), shift)
+            assert dual.stride() == permuted.stride()
 
 
 def test_autocast_leaves_the_lab_conversion_in_float32():
@@ -358,7 +384,7 @@ class Dressed(torch.Tensor):
 
 
 @pytest.mark.parametrize("gradient", [False, True])
-@pytest.mark.parametrize("name", ["NormalizeStain", "fixed offset", "PerturbStain"])
+@pytest.mark.parametrize("name", ["NormalizeStain", "fixed map", "PerturbStain"])
 def test_a_tensor_keeps_what_it_carries(name, gradient):
     operation, image = OPERATIONS[name](), (uint8() / 255).to(memory_format=torch.channels_last)
     torch.manual_seed(0)
@@ -372,7 +398,8 @@ def test_a_tensor_keeps_what_it_carries(name, gradient):
     assert torch.equal(out.detach().as_subclass(torch.Tensor), expected)
     if name != "PerturbStain":
         assert type(operation.estimate_offset(Dressed(image))) is torch.Tensor
-        assert type(operation.for_slide([Dressed(image)]).offset) is torch.Tensor
+        assert type(operation.estimate_map(Dressed(image))) is torch.Tensor
+        assert type(operation.for_slide([Dressed(image)]).fixed_map) is torch.Tensor
 
 
 def test_a_parameter_is_an_image_like_any_other():
@@ -393,6 +420,7 @@ def test_fake_tensors():
                 out = module(image)
                 assert (out.shape, out.dtype) == (image.shape, image.dtype)
         assert normalize.estimate_offset(torch.rand(2, 3, 40, 50)).shape == (2, 3)
+        assert normalize.estimate_map(torch.rand(2, 3, 40, 50)).shape == (2, 2, 4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="run on a machine with a CUDA device")
@@ -411,10 +439,13 @@ class TestCuda:
 
     def test_without_tf32_the_estimate_is_that_of_the_cpu(self):
         module, image = OPERATIONS["NormalizeStain"](), uint8()
-        expected = module.estimate_offset(image)
+        expected, expected_map = module.estimate_offset(image), module.estimate_map(image)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            out = copy.deepcopy(module).cuda().estimate_offset(image.cuda())
+            on_device = copy.deepcopy(module).cuda()
+            out, color_map = on_device.estimate_offset(image.cuda()), on_device.estimate_map(image.cuda())
         torch.testing.assert_close(out.cpu(), expected, atol=1e-3, rtol=0)
+        # Slopes divide by the variances of the colors.
+        torch.testing.assert_close(color_map.cpu(), expected_map, atol=1e-2, rtol=0)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_autocast_changes_nothing(self, operation, dtype):
@@ -425,16 +456,16 @@ class TestCuda:
 
     @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
     @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32])
-    @pytest.mark.parametrize("name", ["NormalizeStain", "fixed offset", "shift_ab"])
+    @pytest.mark.parametrize("name", ["NormalizeStain", "fixed map", *SHIFTS])
     def test_nothing_waits_for_the_device(self, name, dtype):
         """So it can be captured in a CUDA graph, too."""
         image, module = (uint8() if dtype == torch.uint8 else (uint8() / 255).to(dtype)).cuda(), OPERATIONS[name]()
-        if name == "shift_ab":
-            module = functools.partial(shift_ab, offset=torch.tensor([7.0, -9.0]).cuda())
+        if name in SHIFTS:
+            module = Shift(*(tensor.cuda() for tensor in module.shift))
         elif name == "NormalizeStain":
             module = module.cuda()
         else:
-            module = NormalizeStain(module.network.cuda()).with_offset(torch.tensor([0.0, 7.0, -9.0]))
+            module = NormalizeStain(module.network.cuda()).with_map(COLOR_MAP)
         expected = module(image)
         try:
             torch.cuda.set_sync_debug_mode("error")
@@ -463,5 +494,5 @@ class TestCuda:
         torch.testing.assert_close(*gradients, atol=1e-3, rtol=1e-3)
 
     def test_the_network_follows_the_model_and_stays_in_float32(self):
-        model = nn.Sequential(OPERATIONS["fixed offset"]()).cuda().half()
+        model = nn.Sequential(OPERATIONS["fixed map"]()).cuda().half()
         assert {(buffer.device.type, buffer.dtype) for buffer in model.buffers()} == {("cuda", torch.float32)}

@@ -5,7 +5,14 @@ from kornia.color import rgb_to_lab
 from render_tiles import render_tile
 
 from stainnorm_transform import ColorNormNet, NormalizeStain, weights
-from stainnorm_transform.estimate import estimate_offset, mean_offset, small_copy, tissue_sums, tissue_weight
+from stainnorm_transform.estimate import (
+    map_of,
+    offset_of,
+    small_copy,
+    sums_of_copies,
+    tissue_sums,
+    tissue_weight,
+)
 
 NO_TISSUE = [
     "no-tissue.png",
@@ -27,6 +34,7 @@ def tissue_share(image: torch.Tensor) -> float:
 def test_blank_tiles_and_pen_come_back_unchanged(data, random_normalize, name):
     image = read(data / "edge_cases" / name)
     assert random_normalize.estimate_offset(image).eq(0).all()
+    assert random_normalize.estimate_map(image).eq(0).all()
     assert torch.equal(random_normalize(image), image)
 
 
@@ -46,6 +54,8 @@ def test_images_of_one_color_have_no_tissue(random_normalize, value):
     for size in ((1, 1), (3, 500), (64, 64)):
         image = torch.full((3, *size), value, dtype=torch.uint8)
         assert random_normalize.estimate_offset(image).tolist() == [0, 0, 0]
+        assert random_normalize.estimate_map(image).tolist() == [[0] * 4] * 2
+        assert torch.equal(random_normalize(image), image)
 
 
 def test_glass_and_black_do_not_count_and_dark_tissue_counts_more(tile):
@@ -54,10 +64,13 @@ def test_glass_and_black_do_not_count_and_dark_tissue_counts_more(tile):
     assert weight[lab[:, :1] > 88].eq(0).all()
     lightness, weights = lab[:, 0].flatten(), weight.flatten()
     assert weights[lightness < 40].mean() > 2 * weights[(lightness > 50) & (lightness < 80)].mean() > 0
+    tissue = weights > 0
+    torch.testing.assert_close(weights[tissue], (88 - lightness[tissue]) / 78, atol=1e-5, rtol=0)
     assert tissue_weight(rgb_to_lab(tile[None] / 255 * 0.05)).eq(0).all()
 
 
-def test_the_mean_is_over_the_tissue(tile):
+@pytest.mark.parametrize("preserve_white", [True, False])
+def test_the_mean_is_over_the_tissue(tile, preserve_white):
     class Ramp(ColorNormNet):
         """Predicts a* = column, b* = L*."""
 
@@ -70,10 +83,17 @@ def test_the_mean_is_over_the_tissue(tile):
 
     weight = halves(tissue_weight(rgb_to_lab(tile[None] / 255))[0, 0].double())
     lightness = rgb_to_lab(halves(tile / 255))[0]
-    expected = [(weight * torch.arange(64)).sum() / weight.sum(), (weight * lightness).sum() / weight.sum()]
-    estimate = estimate_offset(Ramp(), tile)
-    torch.testing.assert_close(estimate[1:].double(), torch.stack(expected), atol=1e-4, rtol=0)
-    assert estimate[0] == 0
+    share = torch.ones_like(lightness)
+    if preserve_white:
+        share = torch.minimum((97 - lightness) / 37, (lightness - 5) / 5).clamp(0, 1)
+    # Of an offset, a pixel shows its share, and counts by it.
+    expected = [(weight * share * output).sum() / (weight * share**2).sum() for output in (torch.arange(64), lightness)]
+    estimate = offset_of(tissue_sums(Ramp(), tile, preserve_white))
+    torch.testing.assert_close(estimate.double(), torch.stack(expected), atol=1e-4, rtol=0)
+    normalize = NormalizeStain(ColorNormNet(), preserve_white)
+    normalize.network = Ramp()
+    torch.testing.assert_close(normalize.estimate_offset(tile), torch.tensor([0.0, *estimate]), atol=1e-4, rtol=0)
+    assert normalize.estimate_offset(tile)[0] == 0
 
 
 def test_large_images_are_seen_as_small_copies():
@@ -135,11 +155,14 @@ def test_the_dense_estimate_begins_copies_at_every_pixel(size, step):
         for left in range(step):
             window = image[:, top:, left:]
             pixels = (window.shape[1] // step) * (window.shape[2] // step)
-            sums += pixels * tissue_sums(network, window, 64 * step)
-            unweighted += tissue_sums(network, window, 64 * step)
-    expected = mean_offset(sums)
-    assert (mean_offset(unweighted) - expected).norm() > 5e-4
-    torch.testing.assert_close(NormalizeStain(network).estimate_offset(image, dense=True), expected, atol=1e-4, rtol=0)
+            of_window = sums_of_copies(network, small_copy(window[None], 64 * step))[0]
+            sums += pixels * of_window
+            unweighted += of_window
+    assert (offset_of(unweighted) - offset_of(sums)).norm() > 5e-4
+    normalize = NormalizeStain(network)
+    offset = normalize.estimate_offset(image, dense=True)
+    torch.testing.assert_close(offset, torch.tensor([0.0, *offset_of(sums)]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(normalize.estimate_map(image, dense=True), map_of(sums), atol=1e-3, rtol=0)
 
 
 def test_the_estimate_does_not_jump_by_one_more_pixel(data):
@@ -160,4 +183,5 @@ def test_nan_counts_as_glass(random_normalize):
     with_nan, with_white = tile.clone(), tile.clone()
     with_nan[:, holes], with_white[:, holes] = torch.nan, 1.0
     torch.testing.assert_close(random_normalize.estimate_offset(with_nan), random_normalize.estimate_offset(with_white))
+    torch.testing.assert_close(random_normalize.estimate_map(with_nan), random_normalize.estimate_map(with_white))
     assert torch.equal(random_normalize(with_nan).isnan(), holes.expand(3, -1, -1))

@@ -67,7 +67,7 @@ WAYS = [
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join(map(str, way.values())))
 def test_every_way_gives_the_same_batches(way):
-    """With an offset for each tile, and with that of a slide."""
+    """With a map for each tile, and with that of a slide."""
     per_tile = NormalizeStain.pretrained()
     per_slide = per_tile.for_slide([render_tile(0)])
     # A parent that has computed, with its threads, before it forks.
@@ -168,20 +168,25 @@ def test_a_pool_that_is_forked_after_an_estimate():
             normalize,
             slide,
             normalize.estimate_offset,
-            PerturbStain(0.0),
-            partial(offset_of_slide, normalize),
+            normalize.estimate_map,
+            PerturbStain(0.0, 0.0, 0.0),
+            partial(map_of_slide, normalize),
         ]
         expected = [operation(tiles[0]) for operation in operations]
         with multiprocessing.get_context("fork").Pool(2) as pool:
             for operation, before_the_fork in zip(operations, expected, strict=True):
                 out = pool.apply_async(apply, (operation, tiles[0].numpy())).get(60)
-                np.testing.assert_allclose(out, before_the_fork.numpy(), atol=1e-3)
+                # One thread rounds other than two, by which a pixel may be rounded to the next level.
+                levels = out.dtype == np.uint8
+                difference = np.abs(out.astype(float) - before_the_fork.numpy())
+                assert difference.max() <= (1 if levels else 1e-3)
+                assert not levels or (difference > 0).mean() < 1e-4
     finally:
         torch.set_num_threads(before)
 
 
-def offset_of_slide(normalize, tile):
-    return normalize.for_slide([tile]).offset
+def map_of_slide(normalize, tile):
+    return normalize.for_slide([tile]).fixed_map
 
 
 def apply(operation, tile):

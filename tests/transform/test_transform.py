@@ -28,16 +28,18 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from stainnorm_transform import ColorNormNet, NormalizeStain, PerturbStain
 from stainnorm_transform import transform as transform_module
-from stainnorm_transform.color import shift_ab
-from stainnorm_transform.estimate import mean_offset, tissue_sums
+from stainnorm_transform.color import as_map, shift_ab
+from stainnorm_transform.estimate import map_of, mean_terms, offset_of, tissue_sums
 from stainnorm_transform.network import FrozenColorNormNet
 
-KINDS = ["NormalizeStain", "fixed offset", "PerturbStain"]
+KINDS = ["NormalizeStain", "fixed map", "PerturbStain"]
+COLOR_MAP = torch.tensor([[25.0, 4.0, -3.0, 2.0], [-25.0, 1.0, 5.0, -4.0]])
+OTHER_MAP = torch.tensor([[-15.0, -2.0, 6.0, 0.0], [25.0, 3.0, 0.0, 4.0]])
 
 
 @pytest.fixture(params=KINDS)
 def transform(request, random_normalize):
-    if request.param == "fixed offset":
+    if request.param == "fixed map":
         return random_normalize.for_slide([render_tile()])
     return random_normalize if request.param == "NormalizeStain" else PerturbStain(20)
 
@@ -64,8 +66,15 @@ def test_takes_away_what_it_estimates(random_normalize, tile):
     offset = random_normalize.estimate_offset(image)
     assert offset.shape == (3,)
     assert offset[1:].abs().min() > 0.1
-    expected = shift_ab(image, -offset[1:])
-    assert torch.equal(random_normalize(image), expected)
+    color_map = random_normalize.estimate_map(image)
+    assert color_map.shape == (2, 4)
+    assert color_map.ne(0).all()
+    assert torch.equal(random_normalize(image), shift_ab(image, -color_map))
+    images = torch.stack([image, image.flip(-1), torch.ones_like(image)])
+    maps = random_normalize.estimate_map(images)
+    assert maps.shape == (3, 2, 4)
+    assert torch.equal(random_normalize(images), shift_ab(images, -maps))
+    assert torch.equal(random_normalize.estimate_map(to_pil_image(tile)), random_normalize.estimate_map(tile))
 
 
 def test_samples_keep_masks_boxes_and_labels(transform, tile):
@@ -254,7 +263,7 @@ def test_a_network_of_buffers_computes_what_the_layers_do(random_network):
 
 
 def other_state() -> NormalizeStain:
-    return NormalizeStain(ColorNormNet(), preserve_white=False, target="other", recipe="none")
+    return NormalizeStain(ColorNormNet(), preserve_white=False, slopes=False, target="other", recipe="none")
 
 
 def test_a_state_holds_all_that_decides_the_output(random_normalize, tile):
@@ -267,6 +276,7 @@ def test_a_state_holds_all_that_decides_the_output(random_normalize, tile):
     random_normalize.load_state_dict(uniform.state_dict())
     assert torch.equal(random_normalize(tile), uniform(tile))
     assert not random_normalize.preserve_white
+    assert not random_normalize.slopes
 
 
 def test_a_state_without_a_part_is_refused(random_normalize):
@@ -292,9 +302,12 @@ def test_states_that_are_averaged_or_damaged(random_normalize, tile):
     mean = other_state()
     mean.load_state_dict({name: (value.float() + value) / 2 for name, value in state.items()})
     assert torch.equal(mean(tile), random_normalize(tile))
-    for damaged in (b"x", b"{}", b"[1]"):
+    without_slopes = b'{"preserve_white": true, "target": "x", "recipe": ""}'
+    for damaged in (b"x", b"{}", b"[1]", without_slopes):
+        other = other_state()
         with pytest.raises(RuntimeError, match="is not that of a NormalizeStain"):
-            other_state().load_state_dict({**state, "_extra_state": torch.tensor(list(damaged), dtype=torch.uint8)})
+            other.load_state_dict({**state, "_extra_state": torch.tensor(list(damaged), dtype=torch.uint8)})
+        assert (other.target, other.preserve_white, other.slopes) == ("other", False, False)
 
 
 def test_copies_made_in_inference_mode_pass_gradients(random_normalize, tile):
@@ -315,13 +328,47 @@ def test_a_state_without_pickle(random_normalize, tile, tmp_path):
     assert torch.equal(loaded(tile), random_normalize(tile))
 
 
+def state_of_0_1_0(network, offset=None):
+    """With names of layers, an offset where one is fixed, and nothing else."""
+    state = {f"network.{name}": value for name, value in network.state_dict().items()}
+    state = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+    return state if offset is None else {**state, "offset": offset}
+
+
 def test_names_of_layers_in_a_state(random_network, random_normalize, tile):
     """Those of version 0.1.0."""
-    state = {f"network.{name}": value for name, value in random_network.state_dict().items()}
-    state = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
     loaded = other_state()
-    loaded.load_state_dict(state)
-    torch.testing.assert_close(loaded.estimate_offset(tile), random_normalize.estimate_offset(tile))
+    loaded.load_state_dict(state_of_0_1_0(random_network))
+    uniform = NormalizeStain(random_network, preserve_white=False)
+    torch.testing.assert_close(loaded.estimate_offset(tile), uniform.estimate_offset(tile))
+    # As maps have slopes in a new transform, but not in what version 0.1.0 did.
+    loaded = NormalizeStain(ColorNormNet(), target="new")
+    loaded.load_state_dict(state_of_0_1_0(random_network))
+    offset = random_normalize.estimate_offset(tile)
+    torch.testing.assert_close(loaded.estimate_offset(tile), offset)
+    torch.testing.assert_close(loaded.estimate_map(tile), as_map(offset[1:]))
+    assert (loaded.target, loaded.preserve_white, loaded.slopes) == ("new", True, False)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_an_offset_in_a_state_of_version_0_1_0_is_a_fixed_map(random_network, random_normalize, tile, assign):
+    offset = torch.tensor([1.0, 12.0, -9.0])
+    state = state_of_0_1_0(random_network, offset)
+    before = dict(state)
+    model = nn.Sequential(NormalizeStain(ColorNormNet()), nn.Linear(1, 1))
+    whole = {**{f"0.{name}": value for name, value in state.items()}, **model[1].state_dict(prefix="1.")}
+    model.load_state_dict(whole, assign=assign)
+    loaded = NormalizeStain(ColorNormNet())
+    loaded.load_state_dict(state, assign=assign)
+    for transform in (model[0], loaded):
+        assert torch.equal(transform.fixed_map, as_map(offset[1:]))
+        assert torch.equal(transform(tile), shift_ab(tile, -offset[1:]))
+    assert state.keys() == before.keys()
+    # And what is saved of it is a state of today.
+    again = other_state()
+    again.load_state_dict(loaded.state_dict())
+    assert torch.equal(again(tile), loaded(tile))
+    assert "offset" not in loaded.state_dict()
 
 
 def test_made_without_memory_and_filled_later(random_normalize, tile):
@@ -405,10 +452,11 @@ def test_gradient_to_the_input_is_right(random_normalize):
 def test_computes_in_float32_under_autocast_and_half(random_normalize, tile):
     image = tile / 255
     expected = random_normalize(image)
-    slide = random_normalize.for_slide([image])
+    slide, color_map = random_normalize.for_slide([image]), random_normalize.estimate_map(image)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(random_normalize(image), expected)
-        assert torch.equal(random_normalize.for_slide([image]).offset, slide.offset)
+        assert torch.equal(random_normalize.estimate_map(image), color_map)
+        assert torch.equal(random_normalize.for_slide([image]).fixed_map, slide.fixed_map)
     halved = nn.Sequential(copy.deepcopy(random_normalize)).half()
     assert torch.equal(halved(image), expected)
     assert halved(image.half()).dtype == torch.float16
@@ -444,35 +492,60 @@ def test_compiles_for_every_size(random_normalize):
         torch.testing.assert_close(compiled(image), random_normalize(image), atol=1e-4, rtol=0)
 
 
-def test_for_slide_is_one_offset_for_all(random_normalize):
+def test_for_slide_is_one_map_for_all(random_normalize):
     tiles = [render_tile(seed, size) for seed, size in enumerate((64, 128, 100))]
     blank = torch.full((3, 64, 64), 255, dtype=torch.uint8)
     slide = random_normalize.for_slide([*tiles, blank, to_pil_image(tiles[0])])
+    sums = sum(tile[0].numel() * tissue_sums(random_normalize.network, tile) for tile in (*tiles, tiles[0]))
+    torch.testing.assert_close(slide.fixed_map, map_of(sums), atol=1e-4, rtol=1e-5)
     offsets = torch.stack([random_normalize.estimate_offset(tile) for tile in tiles])
-    low, high = offsets.min(dim=0).values, offsets.max(dim=0).values
-    assert ((slide.offset >= low) & (slide.offset <= high)).all()
-    sums = [tile[0].numel() * tissue_sums(random_normalize.network, tile) for tile in (*tiles, tiles[0])]
-    torch.testing.assert_close(slide.offset, mean_offset(sum(sums)))
-    assert torch.equal(slide.estimate_offset(torch.stack([tiles[0]] * 2)), slide.offset.expand(2, 3))
+    low, high = offsets[:, 1:].min(dim=0).values, offsets[:, 1:].max(dim=0).values
+    at_the_mean = slide.fixed_map @ mean_terms(sums)
+    torch.testing.assert_close(at_the_mean, offset_of(sums), atol=1e-4, rtol=0)
+    assert ((at_the_mean >= low) & (at_the_mean <= high)).all()
+    pair = torch.stack([tiles[0]] * 2)
+    assert torch.equal(slide.estimate_map(pair), slide.fixed_map.expand(2, 2, 4))
+    assert torch.equal(slide(pair), shift_ab(pair, -slide.fixed_map))
+    fixed = random_normalize.with_offset(torch.tensor([0.0, 3.0, -4.0]))
+    assert torch.equal(fixed.estimate_offset(pair), torch.tensor([0.0, 3.0, -4.0]).expand(2, 3))
     wide = render_tile(7, 256)
     halves = torch.cat([slide(wide[..., :100]), slide(wide[..., 100:])], dim=-1)
     assert torch.equal(slide(wide), halves)
     same = random_normalize.for_slide(torch.stack([tiles[1]] * 3))
-    torch.testing.assert_close(same.offset, random_normalize.estimate_offset(tiles[1]))
+    torch.testing.assert_close(same.fixed_map, random_normalize.estimate_map(tiles[1]), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(same.estimate_offset(tiles[1]), random_normalize.estimate_offset(tiles[1]))
+
+
+def test_fixed_by_a_map_or_an_offset_and_not_by_what_was_fixed_before(random_normalize, tile):
+    by_map, by_offset = (
+        random_normalize.with_map(COLOR_MAP),
+        random_normalize.with_offset(torch.tensor([9.0, 25.0, -25.0])),
+    )
+    assert torch.equal(by_map(tile), shift_ab(tile, -COLOR_MAP))
+    assert torch.equal(by_offset(tile), shift_ab(tile, torch.tensor([-25.0, 25.0])))
+    assert torch.equal(by_offset.fixed_map, as_map(torch.tensor([25.0, -25.0])))
+    for fixed in (by_map, by_offset, by_map.for_slide([tile])):
+        assert (fixed.target, fixed.preserve_white, fixed.slopes) == ("random", True, True)
+    assert torch.equal(by_map.for_slide([tile]).fixed_map, random_normalize.for_slide([tile]).fixed_map)
+    assert random_normalize.fixed_map is None
+    kept = COLOR_MAP.clone()
+    made = random_normalize.with_map(kept)
+    kept.zero_()
+    assert torch.equal(made.fixed_map, COLOR_MAP)
 
 
 def test_for_slide_takes_dicts_with_an_image(random_normalize):
     tiles = torch.stack([render_tile(seed, 64) for seed in range(3)])
-    expected = random_normalize.for_slide(tiles).offset
+    expected = random_normalize.for_slide(tiles).fixed_map
     samples = [{"image": tile, "x": 0} for tile in tiles]
     batch = {"x": 0, "image": tiles}
     for every in (samples, [batch], DataLoader(samples, batch_size=2), batch):
-        torch.testing.assert_close(random_normalize.for_slide(every).offset, expected)
+        torch.testing.assert_close(random_normalize.for_slide(every).fixed_map, expected, atol=1e-4, rtol=1e-5)
 
 
-def test_a_fixed_offset_soon_has_a_table_and_nothing_else_changes(monkeypatch, tile):
+def test_a_fixed_map_soon_has_a_table_and_nothing_else_changes(monkeypatch, tile):
     monkeypatch.setattr(transform_module, "TABLE_SIZE", 20_000)
-    slide = NormalizeStain(ColorNormNet(), offset=torch.tensor([0.0, 25.0, -25.0]))
+    slide = NormalizeStain(ColorNormNet(), fixed_map=COLOR_MAP)
     expected = slide(tile)
     assert not transform_module._tables
     assert torch.equal(slide(tile), expected)
@@ -486,25 +559,25 @@ def test_a_fixed_offset_soon_has_a_table_and_nothing_else_changes(monkeypatch, t
 
 def test_slides_share_a_few_tables(monkeypatch, tile):
     monkeypatch.setattr(transform_module, "TABLE_SIZE", 20_000)
-    slides = [NormalizeStain(ColorNormNet(), offset=torch.tensor([0.0, number, -5.0])) for number in range(3)]
+    slides = [NormalizeStain(ColorNormNet(), fixed_map=number * COLOR_MAP) for number in range(3)]
     for slide in slides:
         for _ in range(2):
-            torch.testing.assert_close(slide(tile), shift_ab(tile, -slide.offset[1:]), atol=1, rtol=0)
+            torch.testing.assert_close(slide(tile), shift_ab(tile, -slide.fixed_map), atol=1, rtol=0)
     assert len(transform_module._tables) == transform_module._TABLES
     tables = list(transform_module._tables.values())
     copy.deepcopy(slides[-1])(tile)
     assert [*map(id, transform_module._tables.values())] == [*map(id, tables)]
 
 
-def test_the_table_is_made_anew_when_offset_or_white_change(monkeypatch, tile):
+def test_the_table_is_made_anew_when_map_or_white_change(monkeypatch, tile):
     monkeypatch.setattr(transform_module, "TABLE_SIZE", 10)
-    slide = NormalizeStain(ColorNormNet(), offset=torch.tensor([0.0, 25.0, -25.0]))
-    other = NormalizeStain(slide.network, offset=torch.tensor([0.0, -15.0, 25.0]))
+    slide = NormalizeStain(ColorNormNet(), fixed_map=COLOR_MAP)
+    other = NormalizeStain(slide.network, fixed_map=OTHER_MAP)
     first = slide(tile)
     slide.load_state_dict(other.state_dict())
-    assert torch.equal(slide(tile), shift_ab(tile, torch.tensor([15.0, -25.0])))
+    assert torch.equal(slide(tile), shift_ab(tile, -OTHER_MAP))
     slide.preserve_white = False
-    assert torch.equal(slide(tile), shift_ab(tile, torch.tensor([15.0, -25.0]), preserve_white=False))
+    assert torch.equal(slide(tile), shift_ab(tile, -OTHER_MAP, preserve_white=False))
     assert not torch.equal(slide(tile), first)
 
 
@@ -523,13 +596,15 @@ def test_for_slide_wants_tiles(random_normalize):
 
 def test_what_is_done_to_an_estimate_stays_outside(random_normalize, tile):
     slide = random_normalize.for_slide([tile])
-    before = slide.offset.clone()
+    before = slide.fixed_map.clone()
     slide.estimate_offset(tile).mul_(2)
-    assert torch.equal(slide.offset, before)
+    slide.estimate_map(tile).mul_(2)
+    slide.estimate_map(tile[None]).mul_(2)
+    assert torch.equal(slide.fixed_map, before)
 
 
 def test_white_glass_stays(data, random_normalize):
-    slide = NormalizeStain(ColorNormNet(), offset=torch.tensor([0.0, 25.0, -25.0]))
+    slide = NormalizeStain(ColorNormNet(), fixed_map=COLOR_MAP)
     image = read(data / "edge_cases/almost-white-2.png")
     white = rgb_to_lab(image / 255)[0] > 97
     assert white.float().mean() > 0.1
@@ -545,8 +620,10 @@ def test_for_slide_without_tissue_changes_nothing(random_normalize, tile):
 def test_repr_tells_target_and_recipe(random_normalize):
     random_normalize.recipe = "iterations=10"
     text = repr(random_normalize.for_slide([render_tile()]))
-    assert text.startswith("NormalizeStain(target='random', preserve_white=True, offset=(0.00, ")
+    assert text.startswith("NormalizeStain(target='random', preserve_white=True, fixed_map=[[")
     assert text.endswith("recipe='iterations=10')")
+    text = repr(NormalizeStain(ColorNormNet(), fixed_map=OTHER_MAP))
+    assert "fixed_map=[[-15.00, -2.00, 6.00, 0.00], [25.00, 3.00, 0.00, 4.00]]" in text
 
 
 @pytest.mark.parametrize(
@@ -593,7 +670,7 @@ def test_a_range_that_cannot_be_right_is_warned_of_once(random_normalize, tile, 
     assert len(caught) == len(texts) <= 2
 
 
-def test_a_state_says_whether_the_offset_is_fixed(random_normalize, tile):
+def test_a_state_says_whether_the_map_is_fixed(random_normalize, tile):
     slide = random_normalize.for_slide([render_tile(3)])
     for one, other in ((slide, random_normalize), (random_normalize, slide)):
         models = [nn.Sequential(copy.deepcopy(each), nn.Linear(1, 1)) for each in (one, other)]
@@ -607,15 +684,52 @@ def test_a_state_says_whether_the_offset_is_fixed(random_normalize, tile):
 def test_bad_arguments():
     with pytest.raises(TypeError, match=r"ColorNormNet, and no other class, got str: pretrained\(\) takes a name"):
         NormalizeStain("camelyon17")
-    with pytest.raises(ValueError, match=r"offset of shape \(3,\), got \(2,\)"):
-        NormalizeStain(ColorNormNet(), offset=torch.zeros(2))
-    with pytest.raises(TypeError, match="offset tensor, got list"):
-        NormalizeStain(ColorNormNet(), offset=[0, 1, 2])
-    with pytest.raises(ValueError, match="finite offset, got"):
-        NormalizeStain(ColorNormNet(), offset=torch.tensor([0.0, torch.nan, 1.0]))
-    for max_offset in (-1, float("inf"), float("nan")):
-        with pytest.raises(ValueError, match="finite max_offset >= 0"):
-            PerturbStain(max_offset)
+    with pytest.raises(TypeError, match="positional argument"):
+        NormalizeStain(ColorNormNet(), True, "lab")
+
+
+@pytest.mark.parametrize(
+    ("color_map", "error", "message"),
+    [
+        (torch.zeros(2), ValueError, r"one map of shape \(2, 4\), got \(2,\)"),
+        (torch.zeros(3), ValueError, r"one map of shape \(2, 4\), got \(3,\)"),
+        (torch.zeros(2, 2, 4), ValueError, r"got \(2, 2, 4\)"),
+        ([[0.0] * 4] * 2, TypeError, "map to be a tensor, got list"),
+        (torch.full((2, 4), torch.nan), ValueError, "a finite map, got"),
+        (torch.full((2, 4), torch.inf), ValueError, "a finite map, got"),
+    ],
+)
+def test_bad_maps(random_normalize, color_map, error, message):
+    with pytest.raises(error, match=message):
+        NormalizeStain(ColorNormNet(), fixed_map=color_map)
+    with pytest.raises(error, match=message):
+        random_normalize.with_map(color_map)
+
+
+@pytest.mark.parametrize(
+    ("offset", "error", "message"),
+    [
+        (torch.zeros(2), ValueError, r"one offset of shape \(3,\), got \(2,\)"),
+        (torch.zeros(2, 4), ValueError, r"one offset of shape \(3,\), got \(2, 4\)"),
+        ([0, 1, 2], TypeError, "offset to be a tensor, got list"),
+        (torch.tensor([0.0, torch.nan, 1.0]), ValueError, "a finite offset, got"),
+    ],
+)
+def test_bad_offsets(random_normalize, offset, error, message):
+    with pytest.raises(error, match=message):
+        random_normalize.with_offset(offset)
+
+
+def test_bad_arguments_of_perturb_stain():
+    for name in ("max_offset", "slope", "darkness"):
+        for value in (-1, -0.01, float("inf"), float("nan")):
+            with pytest.raises(ValueError, match=f"finite {name} >= 0, got {value}"):
+                PerturbStain(**{name: value})
+    # In version 0.1.0 the second argument was preserve_white.
+    for flag in (False, True):
+        for arguments in ((20, flag), (20, 0.2, flag)):
+            with pytest.raises(TypeError, match="numbers for slope and darkness, got a bool: name preserve_white"):
+                PerturbStain(*arguments)
 
 
 @given(max_offset=st.floats(0, 15), seed=st.integers(0, 99))
@@ -623,22 +737,56 @@ def test_bad_arguments():
 def test_perturb_shifts_tissue_by_at_most_max_offset(max_offset, seed):
     torch.manual_seed(seed)
     image = render_tile(size=32).double() / 255
-    perturbed = PerturbStain(max_offset)(image)
+    perturbed = PerturbStain(max_offset, slope=0, darkness=0)(image)
     inside = ((perturbed > 1e-6) & (perturbed < 1 - 1e-6)).all(dim=0)
     shift = (rgb_to_lab(perturbed) - rgb_to_lab(image))[:, inside]
     assert shift[1:].abs().max() <= max_offset + 0.01
     assert shift[0].abs().max() < 0.01
 
 
+@given(seed=st.integers(0, 999), slope=st.floats(0, 0.5), darkness=st.floats(0, 0.4))
+@settings(max_examples=20, deadline=None)
+def test_perturb_changes_colors_by_a_map_and_their_darkness_by_a_factor(seed, slope, darkness):
+    """Found again by least squares, from the image alone."""
+    torch.manual_seed(seed)
+    image = 0.3 + 0.4 * torch.rand(3, 12, 12, dtype=torch.float64)
+    perturbed = PerturbStain(8, slope, darkness, preserve_white=False)(image)
+    inside = ((perturbed > 1e-6) & (perturbed < 1 - 1e-6)).all(dim=0)
+    before, after = (rgb_to_lab(each)[:, inside] for each in (image, perturbed))
+    factors = (100 - after[0]) / (100 - before[0])
+    assert factors.log().abs().max() <= darkness + 1e-3
+    assert (factors - factors[0]).abs().max() < 1e-3
+    terms = torch.stack([torch.ones_like(before[0]), *(before - torch.tensor([60.0, 20.0, -12.0])[:, None]) / 20]).T
+    color_map = torch.linalg.lstsq(terms, (after - before)[1:].T).solution.T
+    torch.testing.assert_close(color_map @ terms.T, (after - before)[1:], atol=5e-3, rtol=0)
+    assert color_map[:, 0].abs().max() <= 8 + 0.01
+    assert max(color_map[:, 1].norm(), color_map[:, 2:].norm()) <= 20 * 0.6 + 0.01
+    if slope == 0:
+        assert color_map[:, 1:].abs().max() < 0.01
+
+
+def test_perturb_keeps_white_and_black_unless_it_is_told_not_to():
+    image = torch.full((8, 3, 4, 4), 255, dtype=torch.uint8)
+    image[4:] = 10
+    torch.manual_seed(0)
+    assert torch.equal(PerturbStain(20, 0.3, 0.5)(image), image)
+    changed = PerturbStain(20, 0.3, 0.5, preserve_white=False)(image)
+    assert (changed != image).flatten(1).any(dim=1).all()
+    assert torch.equal(PerturbStain(0, 0, 0)(image), image)
+
+
 def test_perturb_draws_per_image_and_once_per_sample_and_video(tile):
     torch.manual_seed(0)
     perturb = PerturbStain(20)
-    batch = perturb(tile.expand(4, 3, 128, 128))
-    assert len({image.numpy().tobytes() for image in batch}) == 4
-    video = perturb(tv_tensors.Video(tile.expand(2, 3, 128, 128)))
-    assert torch.equal(video[0], video[1])
-    first, second = perturb((tv_tensors.Image(tile), tv_tensors.Image(tile)))
-    assert torch.equal(first, second)
+    for some in (perturb, PerturbStain(20, 0, 0), PerturbStain(0, 0.2, 0), PerturbStain(0, 0, 0.2)):
+        batch = some(tile.expand(4, 3, 128, 128))
+        assert len({image.numpy().tobytes() for image in (*batch, tile)}) == 5
+        video = some(tv_tensors.Video(tile.expand(2, 3, 128, 128)))
+        assert torch.equal(video[0], video[1])
+        assert not torch.equal(video[0], tile)
+        first, second = some((tv_tensors.Image(tile), tv_tensors.Image(tile)))
+        assert torch.equal(first, second)
+        assert not torch.equal(first, tile)
     torch.manual_seed(5)
     one = perturb(tile)
     torch.manual_seed(5)

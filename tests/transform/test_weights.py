@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import json
 import pickle
@@ -76,6 +77,7 @@ def test_golden_output(name):
     expected = json.loads((GOLDEN / f"{name}.json").read_text())
     image = read(GOLDEN / "input.png")  # render_tile(42, 96)
     assert normalize.estimate_offset(image).tolist() == pytest.approx(expected["offset"], abs=0.02)
+    np.testing.assert_allclose(normalize.estimate_map(image), expected["map"], atol=0.05)
     difference = normalize(image).int() - read(GOLDEN / f"{name}.png").int()
     assert difference.abs().max() <= 1
 
@@ -93,8 +95,19 @@ def test_round_trip(tmp_path):
     assert not any(parameter.requires_grad for parameter in loaded.network.parameters())
     normalize = NormalizeStain.pretrained(path)
     assert normalize.preserve_white is False
+    assert normalize.slopes is True
     assert "iterations=7" in repr(normalize)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_networks_trained_for_offsets_alone_estimate_offsets_alone(tmp_path):
+    network, path = ColorNormNet(), tmp_path / "mylab.safetensors"
+    for slope in (0, 0.0, 0.3):
+        weights.save(network, path, TrainConfig(slope=slope))
+        normalize = NormalizeStain.pretrained(path)
+        assert normalize.slopes is (slope > 0)
+        assert f"slope={slope}" in repr(normalize)
+        assert bool(normalize.estimate_map(read(GOLDEN / "input.png"))[:, 1:].any()) is (slope > 0)
 
 
 def test_unknown_name_lists_the_known_ones():
@@ -132,6 +145,13 @@ def damage(kind: str, good: bytes) -> bytes:
         metadata = {"stainnorm_transform": "[]"}
     if kind == "older format":
         metadata = {"stainnorm_transform": json.dumps({"target": "t", "config": {}})}
+    if kind == "format 2":
+        config = {**dataclasses.asdict(TrainConfig()), "contrast_jitter": 0.5}
+        del config["slope"]
+        metadata = {"stainnorm_transform": json.dumps({"format": 2, "target": "t", "config": config})}
+    if kind in ("no slope", "slope"):
+        config = {"preserve_white": True, **({"slope": "0.3"} if kind == "slope" else {})}
+        metadata = {"stainnorm_transform": json.dumps({"format": weights.FORMAT, "target": "t", "config": config})}
     return safetensors.torch.save(tensors, metadata)
 
 
@@ -147,7 +167,10 @@ def damage(kind: str, good: bytes) -> bytes:
         ("unknown fields", "ColorNormNet"),
         ("no recipe", "ColorNormNet"),
         ("no dictionary", "ColorNormNet"),
-        ("older format", r"has format 0, this version of the package reads 2: train it again"),
+        ("no slope", "expected the weights of a ColorNormNet, got .*'slope'"),
+        ("slope", "config.slope is not a number"),
+        ("older format", r"has format 0, this version of the package reads 3: train it again"),
+        ("format 2", r"has format 2, this version of the package reads 3: train it again"),
     ],
 )
 def test_damaged_files(tmp_path, kind, message):
