@@ -94,6 +94,8 @@ def _shift(row: Mapping[str, str | None]) -> Shift:
     of_map = [row.get(name) for name in MAP_FIELDS]
     if not any(of_map):
         return Shift.of_offset(*_numbers(a, b))
+    if not all(of_map):
+        raise ValueError(f"expected all columns of the map, {MAP_FIELDS[0]} to {MAP_FIELDS[-1]}, or none of them")
     color_map = torch.tensor(_numbers(*of_map), dtype=torch.float32)
     return Shift(torch.tensor(_numbers(a, b), dtype=torch.float32), color_map.view(2, 4))
 

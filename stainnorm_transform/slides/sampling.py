@@ -37,7 +37,8 @@ class SlideNormalizer(NamedTuple):
 
     Attributes:
         normalize: the transform of the slide, with one fixed map.
-        offset: what it takes away from the mean color of the tissue, (2,) a*, b* in Lab units.
+        offset: what it takes away from the mean color of the tissue, (2,) a*, b* in Lab units; of a map that was fixed
+            before, from a usual color.
         tiles: how many tiles with tissue it is based on; None if the map was fixed before.
     """
 
