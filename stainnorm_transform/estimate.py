@@ -73,11 +73,13 @@ def tissue_sums(network: Network, image: Tensor, preserve_white: bool = True, de
     side = _side(image)
     corners = (range(min(-(-2 * side // COPY_SIDE), length)) for length in image.shape[-2:])
     total = torch.zeros(*image.shape[:-3], 6, 4, dtype=torch.float32, device=image.device)
+    seen = 0
     for top, left in itertools.product(*corners):
         window = image[..., top:, left:]
         pixels = math.prod(_length(_length(length, side, COPY_SIDE), 2) for length in window.shape[-2:])
         total += pixels * _sums_of(network, window, preserve_white, side)
-    return total
+        seen += pixels
+    return total / seen
 
 
 def map_of(sums: Tensor, slopes: bool = True) -> Tensor:
@@ -94,8 +96,9 @@ def map_of(sums: Tensor, slopes: bool = True) -> Tensor:
     # The inverse by cross products, which every exporter knows and no device has to wait for.
     cofactors = torch.linalg.cross(covariance.roll(-1, dims=-2), covariance.roll(-2, dims=-2))
     determinant = (covariance * cofactors).sum(dim=-1, keepdim=True)[..., :1, :]
-    with without_autocast(sums):
-        fitted = bounded((moments[..., 4:, 1:] - offset * mean) @ (cofactors / determinant))
+    # No matrix product, which may be computed in less than float32. The inverse is symmetric.
+    inverse = (cofactors / determinant)[..., None, :, :]
+    fitted = bounded(((moments[..., 4:, 1:] - offset * mean)[..., None, :] * inverse).sum(dim=-1))
     constant = offset - (fitted * mean).sum(dim=-1, keepdim=True)
     return torch.cat([constant, fitted], dim=-1)
 

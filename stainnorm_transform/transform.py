@@ -363,7 +363,8 @@ class PerturbStain(_ImageTransform):
         slope: standard deviation of the slopes, see ``color.random_slopes``: how much the offset changes for each Lab
             unit of color.
         darkness: factors of the darkness are log-uniform from exp(-darkness) to exp(darkness).
-        preserve_white: whether white glass and black keep their color, see ``shift_ab``.
+        preserve_white: whether white glass and black keep their color, see ``shift_ab``. Only pure white keeps its
+            darkness.
 
     Raises:
         ValueError: an argument is negative or not finite.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -101,7 +102,7 @@ def _shift(row: Mapping[str, str | None]) -> Shift:
 
 
 def _numbers(*texts: str | None) -> list[float]:
-    values = [float(text or "nothing") for text in texts]
+    values = [float(text) if text else math.nan for text in texts]
     if not torch.tensor(values).isfinite().all():
-        raise ValueError(f"expected finite numbers, got {', '.join(map(str, texts))}")
+        raise ValueError(f"expected finite numbers, got {', '.join(text or 'nothing' for text in texts)}")
     return values
