@@ -591,40 +591,37 @@ def print_skin(data: Path) -> None:
         fixed = slide_normalizer(slide, normalize).normalize
         whole = slide.read(0, 0, *slide.dimensions)
     offset = normalize.with_offset(fixed.estimate_offset(whole))
-    pairs: tuple[tuple[Normalize, Normalize], ...] = ((normalize, fixed), (offset_only(normalize), offset))
-    found: list[list[float]] = [[], []]
-    for top in range(0, whole.shape[1] - 255, 256):
-        for left in range(0, whole.shape[2] - 255, 256):
-            tile = whole[:, top : top + 256, left : left + 256]
-            mask = tissue(lab_of(tile))
-            if mask.float().mean() < 0.02:
-                continue
-            for differences, (alone, together) in zip(found, pairs, strict=True):
-                difference = (lab_of(alone(tile)) - lab_of(together(tile))).norm(dim=0)
-                differences.append(float(difference[mask].mean()))
-    figures = {"mean": np.mean(found[0]), "most": max(found[0])}
-    figures |= {"mean_offset": np.mean(found[1]), "most_offset": max(found[1])}
-    print(SKIN.format(target=int(weights.load().target[-1]), tiles=len(found[0]), **figures))
+    pairs = ((normalize, fixed), (offset_only(normalize), offset))
+    of_map, of_offset = (
+        [difference for _, difference in against_whole(alone, whole, together(whole), 256)] for alone, together in pairs
+    )
+    figures = {"mean": np.mean(of_map), "most": max(of_map)}
+    figures |= {"mean_offset": np.mean(of_offset), "most_offset": max(of_offset)}
+    print(SKIN.format(target=int(weights.load().target[-1]), tiles=len(of_map), **figures))
 
 
 def seams(normalize: Normalize, field: Tensor) -> tuple[float, float, float, float]:
     """dE76 for the tiles with the most background, stroma and nuclei that have 2 % tissue, and the mean of all."""
-    whole = normalize(field)
     shares, differences = [], []
-    for top in range(0, field.shape[1] - SIDE + 1, SIDE):
-        for left in range(0, field.shape[2] - SIDE + 1, SIDE):
-            window = (slice(None), slice(top, top + SIDE), slice(left, left + SIDE))
+    for lightness, difference in against_whole(normalize, field, normalize(field), SIDE):
+        differences.append(difference)
+        kinds = (lightness > TISSUE[1], (lightness > STROMA[0]) & (lightness < STROMA[1]), lightness < 45)
+        shares.append([float(kind.float().mean()) for kind in kinds])
+    most_background, most_stroma, most_nuclei = (differences[number] for number in np.argmax(shares, axis=0))
+    return most_background, most_stroma, most_nuclei, float(np.mean(differences))
+
+
+def against_whole(normalize: Normalize, field: Tensor, whole: Tensor, side: int) -> Iterator[tuple[Tensor, float]]:
+    """Of each tile of a field with 2 % tissue its L*, and the dE76 between it alone and within the normalized whole."""
+    for top in range(0, field.shape[1] - side + 1, side):
+        for left in range(0, field.shape[2] - side + 1, side):
+            window = (slice(None), slice(top, top + side), slice(left, left + side))
             lab = lab_of(field[window])
             mask = tissue(lab)
             if mask.float().mean() < 0.02:
                 continue
             alone, within = lab_of(normalize(field[window])), lab_of(whole[window])
-            differences.append(float((alone - within).norm(dim=0)[mask].mean()))
-            lightness = lab[0]
-            kinds = (lightness > TISSUE[1], (lightness > 60) & (lightness < 80), lightness < 45)
-            shares.append([float(kind.float().mean()) for kind in kinds])
-    background, stroma, nuclei = (differences[number] for number in np.argmax(shares, axis=0))
-    return background, stroma, nuclei, float(np.mean(differences))
+            yield lab[0], float((alone - within).norm(dim=0)[mask].mean())
 
 
 def plot(tiles: list[list[Tensor]], path: Path) -> None:

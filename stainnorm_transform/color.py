@@ -324,8 +324,8 @@ def random_slopes(shape: Sequence[int], slope: float, generator: torch.Generator
     return bounded(normal * deviation)
 
 
-def random_darkness(shape: Sequence[int], spread: float, generator: torch.Generator | None = None) -> Tensor:
-    """Factors of darkness, log-uniform from exp(-spread) to exp(spread): shape ``shape``."""
+def random_factors(shape: Sequence[int], spread: float | Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Factors, log-uniform from exp(-spread) to exp(spread): shape ``shape``, to which that of ``spread`` extends."""
     return torch.exp((2 * torch.rand(tuple(shape), generator=generator, dtype=torch.float32) - 1) * spread)
 
 

@@ -28,13 +28,13 @@ from stainnorm_transform.color import (
     image_of,
     is_eager,
     look_up,
-    random_darkness,
+    random_factors,
     random_offset,
     random_slopes,
     shift_ab,
     shift_table,
 )
-from stainnorm_transform.estimate import map_of, mean_terms, tissue_sums
+from stainnorm_transform.estimate import map_of, mean_terms, offset_of, tissue_sums
 from stainnorm_transform.network import ColorNormNet, FrozenColorNormNet
 from stainnorm_transform.resources import safe_after_fork
 
@@ -189,8 +189,10 @@ class NormalizeStain(_ImageTransform):
         with safe_after_fork():
             image = _to_tensor(images)
             sums = tissue_sums(self.network, image, self.preserve_white, dense)
-            color_map = map_of(sums, self.slopes) if self.fixed_map is None else self.fixed_map
-            offset = (color_map * mean_terms(sums)[..., None, :]).sum(dim=-1)
+            if self.fixed_map is None:
+                offset = offset_of(sums)
+            else:
+                offset = (self.fixed_map * mean_terms(sums)[..., None, :]).sum(dim=-1)
             return torch.nn.functional.pad(offset, (1, 0))
 
     def _map_of(self, image: Tensor, dense: bool = False) -> Tensor:
@@ -395,7 +397,7 @@ class PerturbStain(_ImageTransform):
     def _change(self, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
         offset = random_offset(shape, self.max_offset)
         shift = torch.cat([offset[..., None], random_slopes(shape, self.slope)], dim=-1) if self.slope else offset
-        return shift, random_darkness(shape, self.darkness) if self.darkness else None
+        return shift, random_factors(shape, self.darkness) if self.darkness else None
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         shift, darkness = params["changes"][_leading_shape(inpt)]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from stainnorm_transform.color import check_image, image_of, random_slopes, rgb_to_lab
+from stainnorm_transform.color import check_image, image_of, random_factors, random_slopes, rgb_to_lab
 from stainnorm_transform.estimate import tissue_weight, unit_range
 from stainnorm_transform.resources import one_torch_thread
 from stainnorm_transform.training.config import TrainConfig
@@ -110,8 +110,8 @@ def random_maps(config: TrainConfig, number: int) -> Tensor:
 
 def jitter_factors(config: TrainConfig, number: int) -> Tensor:
     """Factors of contrast and darkness of batch ``number``, shape (batch_size, 2), log-uniform."""
-    uniform = torch.rand(config.batch_size, 2, generator=_generator(config.seed, JITTER, number))
-    return torch.exp((2 * uniform - 1) * torch.tensor([config.contrast_jitter, config.darkness_jitter]))
+    spreads = torch.tensor([config.contrast_jitter, config.darkness_jitter])
+    return random_factors((config.batch_size, 2), spreads, _generator(config.seed, JITTER, number))
 
 
 def each_image(images: Any) -> Iterator[Tensor]:

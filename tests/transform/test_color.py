@@ -16,7 +16,7 @@ from stainnorm_transform.color import (
     bounded,
     color_terms,
     look_up,
-    random_darkness,
+    random_factors,
     random_offset,
     random_slopes,
     shift_ab,
@@ -546,10 +546,10 @@ def test_random_slopes_have_the_deviations_that_are_said_and_are_bounded():
     assert random_slopes((), 0.0).eq(0).all()
 
 
-def test_random_darkness_is_log_uniform():
-    factors = random_darkness((20000,), 0.3, torch.Generator().manual_seed(0)).log()
+def test_random_factors_are_log_uniform():
+    factors = random_factors((20000,), 0.3, torch.Generator().manual_seed(0)).log()
     assert factors.abs().max() <= 0.3 + 1e-6
     torch.testing.assert_close(factors.std(), torch.tensor(0.3 / 3**0.5), atol=3e-3, rtol=0)
     assert factors.mean().abs() < 3e-3
-    assert random_darkness((), 0.3).shape == ()
-    assert random_darkness((2, 3), 0.0).eq(1).all()
+    assert random_factors((), 0.3).shape == ()
+    assert random_factors((2, 3), 0.0).eq(1).all()
