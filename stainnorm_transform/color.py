@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import math
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -15,35 +16,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
+from stainnorm_transform import cie, strips
+
 with warnings.catch_warnings():
     # kornia makes TorchScript functions as it is imported, of which newer versions of torch warn.
     warnings.simplefilter("ignore", FutureWarning)
     from kornia.color import rgb_to_lab as _kornia_rgb_to_lab
-
-# Linear sRGB -> CIE XYZ (ITU-R BT.709 primaries) and the D65 white point, rounded as in kornia and scikit-image: an
-# offset estimated in their Lab is then exactly that offset here. White as the row sums differs by up to 2e-4 in RGB.
-_RGB_TO_XYZ = torch.tensor(
-    [
-        [0.412453, 0.357580, 0.180423],
-        [0.212671, 0.715160, 0.072169],
-        [0.019334, 0.119193, 0.950227],
-    ],
-    dtype=torch.float64,
-)
-_WHITE = torch.tensor([0.95047, 1.0, 1.08883], dtype=torch.float64)
-_TO_RELATIVE_XYZ = _RGB_TO_XYZ / _WHITE[:, None]
-_M = _TO_RELATIVE_XYZ.tolist()
-_M_INV = torch.linalg.inv(_TO_RELATIVE_XYZ).tolist()
-
-# CIE 15:2004: L* = 116 f(Y) - 16, a* = 500 (f(X) - f(Y)), b* = 200 (f(Y) - f(Z)); f is a cube root above EPSILON and
-# the line (KAPPA t + 16) / 116 below it. The exact fractions make both pieces meet.
-EPSILON = 216 / 24389
-KAPPA = 24389 / 27
-_F_KNEE = 6 / 29
-
-# IEC 61966-2-1. The knee of its inverse is rounded there; computed, both are each other's inverse exactly.
-_SRGB_KNEE = 0.04045
-_LINEAR_KNEE = ((_SRGB_KNEE + 0.055) / 1.055) ** 2.4
 
 # Tissue of L* = 10 to 60 takes the full offset, white glass from 97 none: between labs, the color of paler tissue
 # differs the less, in proportion. Nor does black up to 5 take any, as padding and masks have it.
@@ -69,11 +47,13 @@ _Z_OF_F = torch.tensor(
 ).tolist()
 # f(Y) of L* = 0.
 _F_BLACK = 16 / 116
+# A shift, and slopes of a map, that go farther end as this.
+_LARGEST = 1e4
 
 # Colors of uint8 images.
 TABLE_SIZE = 1 << 24
 
-# Rows are worked in strips of about this many pixels on the CPU, so that temporaries stay in cache.
+# On the CPU, images are looked up in strips of about this many pixels, so that temporaries stay in cache.
 _STRIP_PIXELS = 1 << 17
 # On CUDA, so that temporaries stay small beside the images, and few enough kernels are started.
 _CUDA_STRIP_PIXELS = 1 << 22
@@ -108,7 +88,7 @@ def shift_ab(image: Tensor, shift: Tensor, preserve_white: bool = True, darkness
 
     Raises:
         TypeError: ``image`` is neither uint8 nor floating point.
-        ValueError: the shapes do not fit the rules above.
+        ValueError: the shapes do not fit the rules above; on the CPU also, the shift or the darkness is not finite.
 
     Example:
         >>> pink = torch.tensor([0.9, 0.6, 0.7]).view(3, 1, 1)
@@ -153,19 +133,38 @@ def _unmoved(image: Tensor, shift: Tensor, darkness: Tensor | None = None) -> Te
 
 def _in_pieces(image: Tensor, preserve_white: bool, *rows: Tensor) -> Tensor:
     out = torch.empty_like(image)
-    width = image.shape[-1]
-    rows_of_strip = min(max(1, _STRIP_PIXELS // width), image.shape[-2])
-    dtype = torch.promote_types(image.dtype, torch.float32)
-    scratch = torch.empty(15 * rows_of_strip * width, dtype=dtype, device=image.device)
     for place in itertools.product(*map(range, image.shape[:-3])):
         here = [row[place] for row in rows]
         if _unmoved(image[place], *here):
             out[place] = image[place]
-            continue
-        for strip, target in _strips(image[place], out[place], rows_of_strip):
-            buffers = scratch[: 5 * strip.numel()].view(5, *strip.shape)
-            target.copy_(shift_batch(strip, preserve_white, *here, scratch=buffers))
+        elif image.dtype == torch.float64:
+            for strip, target in _strips(image[place], out[place], max(1, _STRIP_PIXELS // image.shape[-1])):
+                target.copy_(shift_batch(strip, preserve_white, *here))
+        else:
+            strips.shift(image[place], out[place], _weights(preserve_white, *here), darker=len(here) > 1)
     return out
+
+
+def _weights(preserve_white: bool, shift: Tensor, darkness: Tensor | None = None) -> Tensor:
+    """Those of ``strips.shift``."""
+    color_map = shift.tolist() if shift.ndim == 2 else [[offset, 0, 0, 0] for offset in shift.tolist()]
+    factor = 1.0 if darkness is None else float(darkness)
+    if not all(map(math.isfinite, (*itertools.chain(*color_map), factor))):
+        raise ValueError(f"expected a finite shift and darkness, got {shift.tolist()} and {factor}")
+    weights = []
+    for row, divisor in zip(color_map, (500, -200), strict=True):
+        # Beyond that, all colors are far outside of the gamut.
+        bounded = [min(max(value, -_LARGEST), _LARGEST) / divisor for value in row]
+        one, x, y, z = (sum(map(operator.mul, bounded, column)) for column in zip(*_Z_OF_F, strict=True))
+        weights.append([x, z, y, one])
+    weights.append([0, 0, factor - 1, 1 - factor])
+    if preserve_white:
+        white, black = WHITE_LIGHTNESS - FULL_LIGHTNESS[1], FULL_LIGHTNESS[0] - BLACK_LIGHTNESS
+        weights.append([0, 0, -116 / white, (WHITE_LIGHTNESS + 16) / white])
+        weights.append([0, 0, 116 / black, -(BLACK_LIGHTNESS + 16) / black])
+    else:
+        weights += [[0, 0, 0, 1]] * 2
+    return torch.tensor(weights, dtype=torch.float32, device="cpu")
 
 
 def _in_strips(image: Tensor, preserve_white: bool, *rows: Tensor) -> Tensor:
@@ -293,20 +292,14 @@ def _pack(colors: Tensor, out: Tensor) -> None:
         torch.add(channel, out, alpha=256, out=out)
 
 
-def fade(lightness: Tensor, out: Tensor | None = None, spare: Tensor | None = None) -> Tensor:
-    """Share of a shift that a pixel of this L* takes, in [0, 1], where white and black are preserved.
-
-    ``out`` may be ``lightness`` itself, ``spare`` not.
-    """
-    pale = FULL_LIGHTNESS[1]
-    above_black = _above_black(lightness, out=spare)
-    below_white = torch.mul(torch.sub(WHITE_LIGHTNESS, lightness, out=out), 1 / (WHITE_LIGHTNESS - pale), out=out)
-    return torch.clamp(torch.minimum(above_black, below_white, out=out), 0, 1, out=out)
+def fade(lightness: Tensor) -> Tensor:
+    """Share of a shift that a pixel of this L* takes, in [0, 1], where white and black are preserved."""
+    below_white = (WHITE_LIGHTNESS - lightness) / (WHITE_LIGHTNESS - FULL_LIGHTNESS[1])
+    return torch.minimum(_above_black(lightness), below_white).clamp(0, 1)
 
 
-def _above_black(lightness: Tensor, out: Tensor | None = None) -> Tensor:
-    dark = FULL_LIGHTNESS[0]
-    return torch.mul(torch.sub(lightness, BLACK_LIGHTNESS, out=out), 1 / (dark - BLACK_LIGHTNESS), out=out)
+def _above_black(lightness: Tensor) -> Tensor:
+    return (lightness - BLACK_LIGHTNESS) / (FULL_LIGHTNESS[0] - BLACK_LIGHTNESS)
 
 
 def random_offset(shape: Sequence[int], max_offset: float, generator: torch.Generator | None = None) -> Tensor:
@@ -405,76 +398,42 @@ def _is_wrapped(*tensors: Tensor) -> bool:
     return False
 
 
-def shift_batch(
-    image: Tensor,
-    preserve_white: bool,
-    shift: Tensor,
-    darkness: Tensor | None = None,
-    *,
-    scratch: Tensor | None = None,
-) -> Tensor:
-    """``shift_ab`` of images (..., 3, H, W) by offsets (..., 2) or maps (..., 2, 4), unchecked and all at once.
-
-    With ``scratch``, floating point of shape (5, *image.shape), every step writes there: fresh memory costs more than
-    the arithmetic. The result then lies there too, for uint8 as int32, and has no gradient.
-    """
-    # Without scratch these are None, and a step with out=None makes a new tensor.
-    a, b, c, d, e = (None,) * 5 if scratch is None else scratch
-    a0, a1, a2 = (None,) * 3 if a is None else a.unbind(-3)
-    c0, c1, c2 = (None,) * 3 if c is None else c.unbind(-3)
-    d0, d1, d2 = (None,) * 3 if d is None else d.unbind(-3)
-    e0, e1, e2 = (None,) * 3 if e is None else e.unbind(-3)
-
+def shift_batch(image: Tensor, preserve_white: bool, shift: Tensor, darkness: Tensor | None = None) -> Tensor:
+    """``shift_ab`` of images (..., 3, H, W) by offsets (..., 2) or maps (..., 2, 4), unchecked and all at once."""
     dtype = torch.promote_types(image.dtype, torch.float32)
-    if image.dtype == torch.uint8 and a is not None and b is not None:
-        level = a.view(torch.int32).copy_(image)
-        linear = torch.index_select(_linear_levels(), 0, level.view(-1), out=b.view(-1)).view_as(b)
-    else:
-        work = image.to(dtype) if a is None else a.copy_(image)
-        work = work / 255 if image.dtype == torch.uint8 else torch.clamp(work, 0, 1, out=a)
-        linear = _decode(work, out=b, spare=a)
-    red, green, blue = linear.unbind(-3)
+    work = image.to(dtype)
+    work = work / 255 if image.dtype == torch.uint8 else torch.clamp(work, 0, 1)
+    linear = cie.decode(work)
+    x, y, z = (_weighted(row, linear.unbind(-3)) for row in cie.M)
+    f_x, f_y, f_z = cie.f(x), cie.f(y), cie.f(z)
+    lightness = 116 * f_y - 16
 
-    x, y, z = (_weighted(row, (red, green, blue), out=out) for row, out in zip(_M, (c0, e1, a0), strict=True))
-    f_x, f_y, f_z = (_f(t, out, spare=a2) for t, out in ((x, c1), (y, a1), (z, c2)))
-    of_x, of_z = (
-        _of_color(terms, (f_x, f_y, f_z), out)
-        for terms, out in zip(_terms(shift, dtype, image.device), (d1, d2), strict=True)
-    )
-    share = None
+    moved_x, moved_z = (_of_color(terms, (f_x, f_y, f_z)) for terms in _terms(shift, dtype, image.device))
     if preserve_white:
-        share = fade(torch.sub(torch.mul(f_y, 116, out=d0), 16, out=d0), out=d0, spare=a2)
+        share = fade(lightness)
+        moved_x, moved_z = share * moved_x, share * moved_z
     d_y: Tensor | None = None
     if darkness is not None:
-        factor = darkness.to(image.device, dtype)[..., None, None]
-        step = torch.mul(torch.sub(f_y, 1, out=e0), factor - 1, out=e0)
+        step = (f_y - 1) * (darkness.to(image.device, dtype)[..., None, None] - 1)
         if preserve_white:
-            lightness = torch.sub(torch.mul(f_y, 116, out=e2), 16, out=e2)
-            step = torch.mul(step, torch.clamp(_above_black(lightness, out=e2), 0, 1, out=e2), out=e0)
-        darker = torch.clamp(torch.add(f_y, step, out=e2), min=_F_BLACK, out=e2)
-        step = torch.sub(darker, f_y, out=e0)
-        f_x, f_z = torch.add(f_x, step, out=c1), torch.add(f_z, step, out=c2)
-        d_y = torch.sub(_f_inverse(darker, out=a2, spare=e2), y, out=e1)
-    f_x, f_z = _add_share(f_x, share, of_x, out=c1), _add_share(f_z, share, of_z, out=c2)
-    d_x = torch.sub(_f_inverse(f_x, out=a2, spare=c1), x, out=c0)
+            step = step * _above_black(lightness).clamp(0, 1)
+        darker = torch.clamp(f_y + step, min=_F_BLACK)
+        moved_x, moved_z = moved_x + (darker - f_y), moved_z + (darker - f_y)
+        d_y = cie.f_inverse(darker) - y
+    d_x = cie.f_inverse(f_x + moved_x) - x
     # As in kornia and scikit-image, f(Z) stops at 0.
-    d_z = torch.sub(_f_inverse(torch.clamp(f_z, min=0, out=c2), out=a2, spare=c2), z, out=a0)
+    d_z = cie.f_inverse(torch.clamp(f_z + moved_z, min=0)) - z
 
     moved = []
-    for row, channel in zip(_M_INV, (red, green, blue), strict=True):
-        target = None if b is None else channel
+    for row, channel in zip(cie.M_INV, linear.unbind(-3), strict=True):
         for weight, moved_by in zip(row, (d_x, d_y, d_z), strict=True):
             if moved_by is not None:
-                channel = torch.add(channel, moved_by, alpha=weight, out=target)
+                channel = torch.add(channel, moved_by, alpha=weight)
         moved.append(channel)
-    linear = torch.stack(moved, dim=-3) if b is None else b
-    result = torch.clamp(_encode(linear, out=a, spare=b), 0, 1, out=a)
+    result = torch.clamp(cie.encode(torch.stack(moved, dim=-3)), 0, 1)
     if image.dtype == torch.uint8:
-        result = torch.round(torch.mul(result, 255, out=a), out=a)
-        if c is not None:
-            # From float to uint8 at once is slower.
-            return c.view(torch.int32).copy_(result)
-    return result if a is not None else result.to(image.dtype)
+        result = torch.round(255 * result)
+    return result.to(image.dtype)
 
 
 def _terms(shift: Tensor, dtype: torch.dtype, device: torch.device) -> Iterator[Sequence[Tensor]]:
@@ -488,70 +447,15 @@ def _terms(shift: Tensor, dtype: torch.dtype, device: torch.device) -> Iterator[
         yield [column[..., channel, None, None] / divisor for column in columns]
 
 
-def _of_color(terms: Sequence[Tensor], values: Sequence[Tensor], out: Tensor | None) -> Tensor:
+def _of_color(terms: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
     total = terms[0]
     for term, value in zip(terms[1:], values, strict=False):
-        total = torch.addcmul(total, value, term, out=out)
+        total = torch.addcmul(total, value, term)
     return total
 
 
-def _add_share(value: Tensor, share: Tensor | None, other: Tensor, out: Tensor | None) -> Tensor:
-    if share is None:
-        return torch.add(value, other, out=out)
-    return torch.addcmul(value, share, other, out=out)
-
-
-@functools.cache
-def _linear_levels() -> Tensor:
-    """The linear intensity of every uint8 level."""
-    return _decode(torch.arange(256, dtype=torch.float64, device="cpu") / 255).float()
-
-
-def _decode(value: Tensor, out: Tensor | None = None, spare: Tensor | None = None) -> Tensor:
-    def curve(v: Tensor) -> Tensor:
-        return _power(torch.mul(torch.add(v, 0.055, out=out), 1 / 1.055, out=out), 2.4, out)
-
-    return _above(value, _SRGB_KNEE, curve, 1 / 12.92, out, spare)
-
-
-def _encode(value: Tensor, out: Tensor | None = None, spare: Tensor | None = None) -> Tensor:
-    def curve(v: Tensor) -> Tensor:
-        return torch.sub(torch.mul(_power(v, 1 / 2.4, out), 1.055, out=out), 0.055, out=out)
-
-    return _above(value, _LINEAR_KNEE, curve, 12.92, out, spare)
-
-
-def _f(t: Tensor, out: Tensor | None = None, spare: Tensor | None = None) -> Tensor:
-    return _above(t, EPSILON, lambda v: _power(v, 1 / 3, out), KAPPA / 116, out, spare)
-
-
-def _f_inverse(f: Tensor, out: Tensor | None = None, spare: Tensor | None = None) -> Tensor:
-    return _above(f, _F_KNEE, lambda v: torch.pow(v, 3, out=out), 116 / KAPPA, out, spare)
-
-
-def _above(
-    value: Tensor,
-    knee: float,
-    curve: Callable[[Tensor], Tensor],
-    slope: float,
-    out: Tensor | None,
-    spare: Tensor | None,
-) -> Tensor:
-    """``curve`` above the knee, and below it the line of this slope that meets it there. Gradients are finite."""
-    if out is not None and bool(value.amin() >= knee):
-        return curve(value)
-    clamped = torch.clamp(value, min=knee, out=out)
-    below = torch.sub(value, clamped, out=spare)
-    return torch.add(curve(clamped), below, alpha=slope, out=out)
-
-
-def _power(value: Tensor, exponent: float, out: Tensor | None = None) -> Tensor:
-    # Several times as fast as pow on the CPU, and exp2 several times as fast as exp.
-    return torch.exp2(torch.mul(torch.log(value, out=out), exponent / math.log(2), out=out), out=out)
-
-
-def _weighted(weights: Sequence[float], channels: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
-    total = torch.mul(channels[0], weights[0], out=out)
+def _weighted(weights: Sequence[float], channels: Sequence[Tensor]) -> Tensor:
+    total = channels[0] * weights[0]
     for weight, channel in zip(weights[1:], channels[1:], strict=True):
-        total = torch.add(total, channel, alpha=weight, out=out)
+        total = torch.add(total, channel, alpha=weight)
     return total
