@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from stainnorm_transform import cie, strips
+from stainnorm_transform.eager import eager_on_cpu, is_eager, is_wrapped
 
 with warnings.catch_warnings():
     # kornia makes TorchScript functions as it is imported, of which newer versions of torch warn.
@@ -118,7 +118,7 @@ def shift_ab(image: Tensor, shift: Tensor, preserve_white: bool = True, darkness
         return _in_strips(image, preserve_white, *rows)
     moved = one_by_one(functools.partial(_at_once, preserve_white), image, *rows)
     # vmap cannot write to what it does not map.
-    if moved.stride() == image.stride() or (not torch.compiler.is_compiling() and _is_wrapped(image, *rows)):
+    if moved.stride() == image.stride() or (not torch.compiler.is_compiling() and is_wrapped(image, *rows)):
         return moved
     return torch.empty_like(image).copy_(moved)
 
@@ -199,13 +199,11 @@ def color_terms(lab: Tensor) -> Tensor:
 
 def bounded(slopes: Tensor) -> Tensor:
     """Slopes of a map (..., 2, 3), in its units, scaled down to norms of MAX_SLOPE where they are larger."""
-
-    def scaled(part: Tensor) -> Tensor:
-        limit = (MAX_SLOPE * MAP_UNIT) ** 2
-        # Smooth, and exactly 1 for what is within the bound.
-        return part * (limit / (part**2).sum(dim=(-1, -2), keepdim=True).clamp(min=limit)).sqrt()
-
-    return torch.cat([scaled(slopes[..., :1]), scaled(slopes[..., 1:])], dim=-1)
+    lightness, a, b = (slopes**2).sum(dim=-2, keepdim=True).unbind(-1)
+    squares = torch.stack([lightness, a + b, a + b], dim=-1)
+    limit = (MAX_SLOPE * MAP_UNIT) ** 2
+    # Smooth, and exactly 1 for what is within the bound.
+    return slopes * (limit / squares.clamp(min=limit)).sqrt()
 
 
 def as_map(offset: Tensor) -> Tensor:
@@ -366,36 +364,6 @@ def one_by_one(function: Callable[..., Tensor], image: Tensor, *rows: Tensor) ->
     else:
         out = function(batch, *flat)
     return out.reshape(*leading, *out.shape[1:])
-
-
-def eager_on_cpu(*tensors: Tensor) -> bool:
-    """Whether images can be worked piece by piece, and values looked at, without a cost."""
-    return tensors[0].device.type == "cpu" and is_eager(*tensors)
-
-
-def is_eager(*tensors: Tensor) -> bool:
-    """Whether nothing watches what is done with tensors: no compiler, and no transform of ``torch.func``."""
-    return not torch.compiler.is_compiling() and _is_plain(*tensors)
-
-
-def _is_plain(*tensors: Tensor) -> bool:
-    """Whether tensors are memory, not stand-ins: those of ``torch.func``, dual numbers, fake tensors."""
-    if _is_wrapped(*tensors) or any(tensor.untyped_storage().device != tensor.device for tensor in tensors):
-        return False
-    return all(forward_ad.unpack_dual(tensor).tangent is None for tensor in tensors)  # type: ignore[no-untyped-call]
-
-
-def _is_wrapped(*tensors: Tensor) -> bool:
-    """Whether one is a tensor of ``torch.func``, which has no memory of its own."""
-    try:
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            # That of a fake tensor is elsewhere, and has no pointer.
-            if storage.device == tensor.device:
-                storage.data_ptr()
-    except RuntimeError:
-        return True
-    return False
 
 
 def shift_batch(image: Tensor, preserve_white: bool, shift: Tensor, darkness: Tensor | None = None) -> Tensor:

@@ -16,19 +16,19 @@ from stainnorm_transform.color import (
     bounded,
     color_terms,
     fade,
-    is_eager,
     one_by_one,
     rgb_to_lab,
     without_autocast,
 )
+from stainnorm_transform.eager import is_eager
 from stainnorm_transform.network import ColorNormNet, FrozenColorNormNet
 
 Network: TypeAlias = ColorNormNet | FrozenColorNormNet
 
-# Tissue is found on an area-downsampled copy: down to this many pixels on the longer side, but by MAX_SCALE at most.
-# The network sees that copy at half the size. Strips are not seen smaller for being over LONGEST times as long as wide.
-COPY_SIDE = 128
-MAX_SCALE = 8
+# The network sees an area-downsampled copy: down to this many pixels on the longer side, but by a scale within SCALES.
+# Strips are not seen smaller for being over LONGEST times as long as wide.
+COPY_SIDE = 64
+SCALES = (2, 16)
 LONGEST = 4
 
 # Large images are read in strips of about this many pixels, so that no copy of the whole is made.
@@ -42,7 +42,7 @@ TISSUE_LIGHTNESS = (10.0, 88.0)
 TISSUE_CHROMA = 5.0
 # ... and textured: the mean deviation of L* from its 3 x 3 mean, relative to darkness (100 - L*), over a 9 x 9
 # neighborhood. Strokes of a pen stay below it.
-TISSUE_TEXTURE = 0.02
+TISSUE_TEXTURE = 0.03
 # An image with a smaller share of tissue than this has none: dust, a cover slip's edge.
 TISSUE_SHARE = 0.02
 # Added to the variances of the tissue's colors, in the units of a map: where colors hardly differ, slopes fade to 0.
@@ -71,12 +71,12 @@ def tissue_sums(network: Network, image: Tensor, preserve_white: bool = True, de
     if not dense:
         return _sums_of(network, image, preserve_white)
     side = _side(image)
-    corners = (range(min(-(-2 * side // COPY_SIDE), length)) for length in image.shape[-2:])
+    corners = (range(min(-(-side // COPY_SIDE), length)) for length in image.shape[-2:])
     total = torch.zeros(*image.shape[:-3], 6, 4, dtype=torch.float32, device=image.device)
     seen = 0
     for top, left in itertools.product(*corners):
         window = image[..., top:, left:]
-        pixels = math.prod(_length(_length(length, side, COPY_SIDE), 2) for length in window.shape[-2:])
+        pixels = math.prod(_length(length, side) for length in window.shape[-2:])
         total += pixels * _sums_of(network, window, preserve_white, side)
         seen += pixels
     return total / seen
@@ -93,9 +93,12 @@ def map_of(sums: Tensor, slopes: bool = True) -> Tensor:
         return as_map(offset[..., 0])
     covariance = moments[..., 1:4, 1:] - mean.mT * mean
     covariance = covariance + RIDGE * torch.eye(3, dtype=sums.dtype, device=sums.device)
-    # The inverse by cross products, which every exporter knows and no device has to wait for.
-    cofactors = torch.linalg.cross(covariance.roll(-1, dims=-2), covariance.roll(-2, dims=-2))
-    determinant = (covariance * cofactors).sum(dim=-1, keepdim=True)[..., :1, :]
+    # The inverse by cross products, which every exporter knows and no device has to wait for: the rows of cofactors are
+    # those of the two rows that follow.
+    first, second, third = covariance.unbind(-2)
+    following = torch.stack([second, third, first], dim=-2)
+    cofactors = torch.linalg.cross(following, torch.stack([third, first, second], dim=-2))
+    determinant = (first * cofactors[..., 0, :]).sum(dim=-1)[..., None, None]
     # No matrix product, which may be computed in less than float32. The inverse is symmetric.
     inverse = (cofactors / determinant)[..., None, :, :]
     fitted = bounded(((moments[..., 4:, 1:] - offset * mean)[..., None, :] * inverse).sum(dim=-1))
@@ -142,9 +145,9 @@ def _sums_of(network: Network, image: Tensor, preserve_white: bool, side: int | 
 
 def sums_of_copies(network: Network, copies: Tensor, preserve_white: bool = True) -> Tensor:
     """As ``tissue_sums``, for what ``small_copy`` returned."""
-    weight = tissue_weight(rgb_to_lab(copies))
-    weight = _area_mean(weight * _enough(weight), 2)
-    lab = rgb_to_lab(_area_mean(copies, 2))
+    lab = rgb_to_lab(copies)
+    weight = tissue_weight(lab)
+    weight = weight * _enough(weight)
     terms = color_terms(lab)
     if preserve_white:
         terms = terms * fade(lab[:, :1])
@@ -166,7 +169,7 @@ def _enough(weight: Tensor) -> Tensor:
 
 def small_copy(image: Tensor, side: int | None = None) -> Tensor:
     """Float32 copy of (N, 3, H, W) in [0, 1], COPY_SIDE pixels for each ``side`` (default: see ``_side``)."""
-    return _area_mean(image, side or _side(image), COPY_SIDE)
+    return _area_mean(image, side or _side(image))
 
 
 def unit_range(image: Tensor) -> Tensor:
@@ -180,12 +183,14 @@ def _side(image: Tensor) -> int:
     """Length of which COPY_SIDE pixels are made: the longer side of the image, within limits."""
     # Lengths may be symbols, on which torch.compile and torch.export must not branch.
     height, width = image.shape[-2:]
-    longer = _smaller(_larger(height, width), COPY_SIDE * MAX_SCALE)
-    return _larger(_smaller(longer, LONGEST * _smaller(height, width)), COPY_SIDE)
+    least, most = SCALES
+    longer = _smaller(_larger(height, width), COPY_SIDE * most)
+    return _larger(_smaller(longer, LONGEST * _smaller(height, width)), COPY_SIDE * least)
 
 
-def _length(length: int, step: int, unit: int = 1) -> int:
-    return _larger(length * unit // step, 1)
+def _length(length: int, side: int) -> int:
+    """That of the copy."""
+    return _larger(length * COPY_SIDE // side, 1)
 
 
 def _larger(a: int, b: int) -> int:
@@ -197,23 +202,23 @@ def _smaller(a: int, b: int) -> int:
     return min(a, b) if isinstance(a, int) and isinstance(b, int) else torch.sym_min(a, b)
 
 
-def _area_mean(image: Tensor, step: int, unit: int = 1) -> Tensor:
-    """Smaller by ``step / unit``: pixel i is the mean from floor(i step / unit) to ceil((i + 1) step / unit), each way.
+def _area_mean(image: Tensor, side: int) -> Tensor:
+    """Smaller by ``side / COPY_SIDE``: pixel i is the mean from floor(i scale) to ceil((i + 1) scale), each way.
 
-    What is left over at the right and the bottom is left out; a side shorter than one step becomes one pixel.
+    What is left over at the right and the bottom is left out; a side shorter than one pixel becomes one pixel.
     """
-    if not torch.compiler.is_compiling() and step % unit == 0:
-        return _block_mean(image, step // unit)
+    if not torch.compiler.is_compiling() and side % COPY_SIDE == 0:
+        return _block_mean(image, side // COPY_SIDE)
     image = unit_range(image)
-    rows, columns = (_windows(length, step, unit, image.device) for length in image.shape[-2:])
+    rows, columns = (_windows(length, side, image.device) for length in image.shape[-2:])
     return rows @ image @ columns.T
 
 
-def _windows(length: int, step: int, unit: int, device: torch.device) -> Tensor:
+def _windows(length: int, side: int, device: torch.device) -> Tensor:
     """The share that each of ``length`` pixels has in each pixel of ``_area_mean``: (smaller length, length)."""
-    index = torch.arange(_length(length, step, unit), device=device)[:, None]
-    start = index * step // unit
-    end = ((index * step + step + unit - 1) // unit).clamp(max=length)
+    index = torch.arange(_length(length, side), device=device)[:, None]
+    start = index * side // COPY_SIDE
+    end = ((index * side + side + COPY_SIDE - 1) // COPY_SIDE).clamp(max=length)
     pixel = torch.arange(length, device=device)
     return ((start <= pixel) & (pixel < end)).float() / (end - start)
 
@@ -224,9 +229,10 @@ def _block_mean(image: Tensor, block: int) -> Tensor:
     image = image[..., : image.shape[-2] // height * height, : image.shape[-1] // width * width]
 
     def mean(strip: Tensor) -> Tensor:
-        # int16 holds the sum of a block of MAX_SCALE.
+        # int16 holds the sum of a column of a block, int32 that of a block.
         total = unit_range(strip) if strip.is_floating_point() else strip.short()
         total = functools.reduce(torch.add, torch.unflatten(total, -2, (-1, height)).unbind(-2))
+        total = total if strip.is_floating_point() else total.int()
         total = functools.reduce(torch.add, torch.unflatten(total, -1, (-1, width)).unbind(-1))
         return total.float() / (height * width * (1 if strip.is_floating_point() else 255))
 
@@ -244,8 +250,8 @@ def tissue_weight(lab: Tensor) -> Tensor:
     """
     with without_autocast(lab):
         lightness, chroma = lab[:, :1], lab[:, 1:2] ** 2 + lab[:, 2:] ** 2
-        local_mean = _box_sum(lightness, 3) / _box_sum(torch.ones_like(lightness), 3)
-        textured = _box_sum((lightness - local_mean).abs() - TISSUE_TEXTURE * (100 - lightness), 9) > 0
+        local_mean = F.avg_pool2d(lightness, 3, stride=1, padding=1, count_include_pad=False)
+        textured = _box_sum((lightness - local_mean).abs() + TISSUE_TEXTURE * (lightness - 100), 9) > 0
         low, high = TISSUE_LIGHTNESS
         tissue = (lightness > low) & (chroma > TISSUE_CHROMA**2) & textured
         return tissue * ((high - lightness) / (high - low)).clamp(0, 1)

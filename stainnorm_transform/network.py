@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stainnorm_transform.eager import eager_on_cpu
+
 FILTERS = 3
 LAYERS = 3
 LEAK = 0.01
-_BATCH_NORM = ("running_mean", "running_var", "weight", "bias")
 DILATIONS = (1, 2, 4, 1)
+# Added to variances by batch norm.
+_EPS = 1e-5
 
 
 class ColorNormNet(nn.Module):
@@ -85,20 +89,32 @@ class FrozenColorNormNet(nn.Module):
     """A trained ColorNormNet that stays as it is: the same map, float32, from buffers alone.
 
     It has no parameters and no layers, so what initializes, prunes, quantizes or converts the layers of a model, or
-    trains it, passes it by.
+    trains it, passes it by. Batch norms are folded to a factor and a term for each filter.
     """
 
     lab_shift: Tensor
     lab_scale: Tensor
     offset_scale: Tensor
+    stem_weight: Tensor
+    stem_bias: Tensor
+    # Of each block, for the features before each layer, the weight that each layer gives them, 0 before they are known:
+    # (blocks, LAYERS, LAYERS, FILTERS, FILTERS, 3, 3).
+    layers_weight: Tensor
+    # (blocks, FILTERS, FILTERS (LAYERS + 1)).
+    transition_weight: Tensor
+    # Of each block, those of its layers and of its transition: (blocks, LAYERS + 1, FILTERS).
+    norm_factor: Tensor
+    norm_term: Tensor
+    head_weight: Tensor
+    head_bias: Tensor
 
     # Tensors made in inference mode could not pass gradients later.
     @torch.inference_mode(False)
     def __init__(self, network: ColorNormNet | FrozenColorNormNet) -> None:
         super().__init__()
-        for name, tensor in network.state_dict().items():
-            if not name.endswith("num_batches_tracked"):
-                self.register_buffer(_flat(name), tensor.detach().clone().float())
+        state = network.state_dict()
+        for name, tensor in (_folded(state) if isinstance(network, ColorNormNet) else state).items():
+            self.register_buffer(name, tensor.detach().clone().float())
 
     @property
     def device(self) -> torch.device:
@@ -107,31 +123,105 @@ class FrozenColorNormNet(nn.Module):
 
     def forward(self, lab: Tensor) -> Tensor:
         """As that of ColorNormNet in eval mode."""
-        features = self._convolve("stem", (lab - self.lab_shift) / self.lab_scale)
-        for number, dilation in enumerate(DILATIONS):
+        scaled = (lab - self.lab_shift) / self.lab_scale
+        if eager_on_cpu(scaled) and not scaled.requires_grad and len(scaled):
+            return torch.stack([self._by_matrices(image) for image in scaled]) * self.offset_scale
+        features = F.conv2d(scaled, self.stem_weight, self.stem_bias, padding=1)
+        for block, dilation in enumerate(DILATIONS):
             for layer in range(LAYERS):
-                new = self._layer(f"blocks_{number}_layers_{layer}", features, dilation, dilation)
-                features = torch.cat([features, new], dim=1)
-            features = self._layer(f"blocks_{number}_transition", features)
-        return self._convolve("head", features) * self.offset_scale
+                weight = self.layers_weight[block, : layer + 1, layer].transpose(0, 1).flatten(1, 2)
+                new = F.conv2d(features, weight, padding=dilation, dilation=dilation)
+                features = torch.cat([features, self._normalized(new, block, layer)], dim=1)
+            features = self._normalized(
+                F.conv2d(features, self.transition_weight[block, :, :, None, None]), block, LAYERS
+            )
+        return F.conv2d(features, self.head_weight, self.head_bias, padding=1) * self.offset_scale
 
-    def _convolve(self, name: str, features: Tensor) -> Tensor:
-        return F.conv2d(features, self.get_buffer(f"{name}_weight"), self.get_buffer(f"{name}_bias"), padding=1)
+    def _normalized(self, features: Tensor, block: int, layer: int) -> Tensor:
+        factor, term = (norm[block, layer, :, None, None] for norm in (self.norm_factor, self.norm_term))
+        return torch.addcmul(term, F.leaky_relu(features, LEAK), factor)
 
-    def _layer(self, name: str, features: Tensor, padding: int = 0, dilation: int = 1) -> Tensor:
-        features = F.conv2d(features, self.get_buffer(f"{name}_0_weight"), padding=padding, dilation=dilation)
-        mean, variance, weight, bias = (self.get_buffer(f"{name}_2_{part}") for part in _BATCH_NORM)
-        return F.batch_norm(F.leaky_relu(features, LEAK), mean, variance, weight, bias)
+    def _by_matrices(self, image: Tensor) -> Tensor:
+        """Of one image (3, H, W): products of matrices, which are faster than convolutions of so few channels."""
+        size = image.shape[-2:]
+        features = image.new_empty(LAYERS + 1, FILTERS, *size)
+        of_layers = features.unbind()
+        sums = image.new_empty(LAYERS, FILTERS, *size)
+        to_layers, all_sums = sums.unbind(), sums.view(LAYERS * FILTERS, -1)
+        around = {dilation: _Surroundings(image, dilation) for dilation in set(DILATIONS)}
+        # Of all blocks, one after the other.
+        weights = iter(self.layers_weight.view(-1, LAYERS * FILTERS, 9 * FILTERS).unbind())
+        factors, terms = (iter(norm.view(-1, FILTERS, 1, 1).unbind()) for norm in (self.norm_factor, self.norm_term))
+
+        def convolve(source: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return torch.addmm(bias[:, None], weight.view(FILTERS, -1), around[1].of(source)).view(image.shape)
+
+        def finish(values: Tensor, out: Tensor) -> None:
+            torch.addcmul(next(terms), F.leaky_relu(values, LEAK), next(factors), out=out)
+
+        of_layers[0].copy_(convolve(image, self.stem_weight, self.stem_bias))
+        for dilation, transition in zip(DILATIONS, self.transition_weight.unbind(), strict=True):
+            sums.zero_()
+            for layer, to_layer in enumerate(to_layers):
+                # What the newest features add to this layer and to all that follow.
+                all_sums.addmm_(next(weights), around[dilation].of(of_layers[layer]))
+                finish(to_layer, of_layers[layer + 1])
+            finish((transition @ features.view(-1, size.numel())).view(image.shape), of_layers[0])
+        return convolve(of_layers[0], self.head_weight, self.head_bias)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        for name in [name for name in state_dict if name.startswith(prefix)]:
-            # States of version 0.1.0 have the names of the layers.
-            state_dict[prefix + _flat(name[len(prefix) :])] = state_dict.pop(name)
+        if f"{prefix}stem.weight" in state_dict:
+            # States of version 0.1.0 are those of a ColorNormNet.
+            names = [name for name in state_dict if name.startswith(prefix)]
+            state = {name[len(prefix) :]: state_dict.pop(name) for name in names}
+            state_dict.update({prefix + name: tensor for name, tensor in _folded(state).items()})
         super()._load_from_state_dict(state_dict, prefix, *rest)
         for name, tensor in self.named_buffers():
             # With assign=True the buffers are the state's own tensors: of its dtype, and perhaps parameters.
             setattr(self, name, tensor.detach().float())
 
 
-def _flat(name: str) -> str:
-    return name.replace(".", "_")
+class _Surroundings:
+    """What each pixel of an image (3, H, W) has around it, at a distance; beyond the border, 0."""
+
+    def __init__(self, image: Tensor, dilation: int) -> None:
+        channels, height, width = image.shape
+        padded = image.new_zeros(channels, height + 2 * dilation, width + 2 * dilation)
+        channel, row, column = padded.stride()
+        self._inside = padded[:, dilation : dilation + height, dilation : dilation + width]
+        shape = (channels, 3, 3, height, width)
+        self._around = padded.as_strided(shape, (channel, dilation * row, dilation * column, row, column))
+        self._copy = image.new_empty(shape)
+        self._matrix = self._copy.view(9 * channels, -1)
+
+    def of(self, image: Tensor) -> Tensor:
+        """Those of an image of the same shape: (9 C, H W), in memory that the next call writes to."""
+        self._inside.copy_(image)
+        self._copy.copy_(self._around)
+        return self._matrix
+
+
+def _folded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """That of a FrozenColorNormNet, from the state of a ColorNormNet."""
+    layers, transitions, factors, terms = [], [], [], []
+    for number in range(len(DILATIONS)):
+        names = [f"blocks.{number}.layers.{layer}" for layer in range(LAYERS)]
+        weights = [state[f"{name}.0.weight"] for name in names]
+        padded = [F.pad(weight, (0, 0, 0, 0, 0, FILTERS * LAYERS - weight.shape[1])) for weight in weights]
+        layers.append(torch.stack([torch.unflatten(weight, 1, (LAYERS, FILTERS)) for weight in padded]).movedim(2, 0))
+        transition = f"blocks.{number}.transition"
+        transitions.append(state[f"{transition}.0.weight"].flatten(1))
+        mean, variance, weight, bias = (
+            torch.stack([state[f"{name}.2.{part}"] for name in (*names, transition)]).double()
+            for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        factors.append(weight * torch.rsqrt(variance + _EPS))
+        terms.append(bias - mean * factors[-1])
+    return {
+        **{name: state[name] for name in ("lab_shift", "lab_scale", "offset_scale")},
+        **{f"{name}_{part}": state[f"{name}.{part}"] for name in ("stem", "head") for part in ("weight", "bias")},
+        "layers_weight": torch.stack(layers),
+        "transition_weight": torch.stack(transitions),
+        "norm_factor": torch.stack(factors).float(),
+        "norm_term": torch.stack(terms).float(),
+    }

@@ -24,9 +24,7 @@ from stainnorm_transform.color import (
     TABLE_SIZE,
     as_map,
     check_image,
-    eager_on_cpu,
     image_of,
-    is_eager,
     look_up,
     random_factors,
     random_offset,
@@ -34,6 +32,7 @@ from stainnorm_transform.color import (
     shift_ab,
     shift_table,
 )
+from stainnorm_transform.eager import eager_on_cpu, is_eager
 from stainnorm_transform.estimate import map_of, mean_terms, offset_of, tissue_sums
 from stainnorm_transform.network import ColorNormNet, FrozenColorNormNet
 from stainnorm_transform.resources import safe_after_fork

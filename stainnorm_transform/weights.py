@@ -16,7 +16,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
-from stainnorm_transform.color import is_eager
+from stainnorm_transform.eager import is_eager
 from stainnorm_transform.files import check_regular, replacing
 from stainnorm_transform.network import ColorNormNet
 

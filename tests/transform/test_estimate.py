@@ -78,11 +78,9 @@ def test_the_mean_is_over_the_tissue(tile, preserve_white):
             column = torch.arange(lab.shape[-1]).float().expand_as(lab[:, :1])
             return torch.cat([torch.zeros_like(column), column, lab[:, :1]], dim=1)
 
-    def halves(image):
-        return image.unflatten(-1, (64, 2)).unflatten(-3, (64, 2)).mean(dim=(-1, -3))
-
-    weight = halves(tissue_weight(rgb_to_lab(tile[None] / 255))[0, 0].double())
-    lightness = rgb_to_lab(halves(tile / 255))[0]
+    halves = (tile / 255).unflatten(-1, (64, 2)).unflatten(-3, (64, 2)).mean(dim=(-1, -3))
+    lab = rgb_to_lab(halves)
+    weight, lightness = tissue_weight(lab[None])[0, 0].double(), lab[0]
     share = torch.ones_like(lightness)
     if preserve_white:
         share = torch.minimum((97 - lightness) / 37, (lightness - 5) / 5).clamp(0, 1)
@@ -97,22 +95,25 @@ def test_the_mean_is_over_the_tissue(tile, preserve_white):
 
 
 def test_large_images_are_seen_as_small_copies():
-    assert small_copy(torch.zeros(1, 3, 1024, 512)).shape == (1, 3, 128, 64)
-    assert small_copy(torch.zeros(1, 3, 5000, 100)).shape == (1, 3, 1600, 32)
-    assert small_copy(torch.zeros(1, 3, 5000, 2)).shape == (1, 3, 5000, 2)
-    assert small_copy(torch.zeros(1, 3, 1100, 9000)).shape == (1, 3, 137, 1125)
-    image = torch.rand(1, 3, 100, 128)
-    assert torch.equal(small_copy(image), image)
-    blocks = torch.rand(1, 3, 256, 256)
-    expected = blocks.reshape(1, 3, 128, 2, 128, 2).mean(dim=(3, 5))
-    torch.testing.assert_close(small_copy(blocks), expected)
+    assert small_copy(torch.zeros(1, 3, 1024, 512)).shape == (1, 3, 64, 32)
+    assert small_copy(torch.zeros(1, 3, 5000, 100)).shape == (1, 3, 800, 16)
+    assert small_copy(torch.zeros(1, 3, 5000, 2)).shape == (1, 3, 2500, 1)
+    assert small_copy(torch.zeros(1, 3, 1100, 9000)).shape == (1, 3, 68, 562)
+    assert small_copy(torch.zeros(1, 3, 1, 1)).shape == (1, 3, 1, 1)
+    for size in (64, 100, 128, 256, 1024):
+        scale = max(2, size // 64)
+        blocks = torch.rand(1, 3, size, size)
+        expected = torch.nn.functional.avg_pool2d(blocks, scale)
+        torch.testing.assert_close(small_copy(blocks), expected)
+    white = torch.full((1, 3, 1024, 1024), 255, dtype=torch.uint8)
+    assert small_copy(white).eq(1).all()
     odd = torch.rand(1, 3, 200, 300)
-    assert small_copy(odd).shape == (1, 3, 85, 128)
+    assert small_copy(odd).shape == (1, 3, 42, 64)
     square = torch.rand(1, 3, 300, 300)
-    expected = torch.nn.functional.interpolate(square, size=(128, 128), mode="area")
+    expected = torch.nn.functional.interpolate(square, size=(64, 64), mode="area")
     torch.testing.assert_close(small_copy(square), expected)
     # The rows come first, so those that fit whole do not depend on what is below them.
-    torch.testing.assert_close(small_copy(square)[:, :, :85], small_copy(square[:, :, :200]))
+    torch.testing.assert_close(small_copy(square)[:, :, :42], small_copy(square[:, :, :200]))
 
 
 def test_strips_are_seen_at_the_scale_of_their_field(data):

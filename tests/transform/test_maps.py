@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kornia.color import rgb_to_lab
 from render_tiles import LABS, render_tile
-from torch.nn.functional import avg_pool2d
 
 from stainnorm_transform import ColorNormNet, NormalizeStain, estimate
 from stainnorm_transform.color import MAP_UNIT, MAX_SLOPE, as_map, color_terms, shift_ab
@@ -212,9 +211,8 @@ def pixels_of(tiles, network, preserve_white):
     """Of the pixels that a network sees of tiles, in proportion to the tiles' areas: as for ``ridge_by_numpy``."""
     parts = []
     for tile in tiles:
-        copies = small_copy(tile[None])
-        weight = avg_pool2d(tissue_weight(rgb_to_lab(copies)), 2)
-        lab = rgb_to_lab(avg_pool2d(copies, 2))
+        lab = rgb_to_lab(small_copy(tile[None]))
+        weight = tissue_weight(lab)
         lightness, a, b = lab[0].double().flatten(1).numpy()
         z = np.column_stack([lightness - 60, a - 20, b + 12]) / 20
         weight = weight.double().flatten().numpy() * tile[0].numel() / weight.numel()
