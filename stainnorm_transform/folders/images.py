@@ -20,9 +20,10 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".jp2", "
 MASK_COLORS, MASK_PIXELS, MASK_ALIKE = 64, 100, 0.8
 _JPEG: dict[str, Any] = {"quality": 95, "subsampling": 0}
 _TIFF: dict[str, Any] = {"compression": "tiff_adobe_deflate"}
-# How each format is written. WebP with loss halves the resolution of color; ``exact`` keeps the colors of what is
-# transparent.
+# How each format is written. Tissue as PNG is hardly smaller at higher levels, which take twice as long. WebP with loss
+# halves the resolution of color; ``exact`` keeps the colors of what is transparent.
 _HOW: dict[str, dict[str, Any]] = {
+    ".png": {"compress_level": 3},
     ".jpg": _JPEG,
     ".jpeg": _JPEG,
     ".tif": _TIFF,

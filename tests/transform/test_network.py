@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from stainnorm_transform import ColorNormNet
+from stainnorm_transform.network import FrozenColorNormNet
 
 
 def test_has_the_parameters_of_the_paper():
@@ -35,3 +36,27 @@ def test_without_pooling_the_map_follows_the_image():
     inner = slice(30, 58)
     shifted = network(lab.roll(2, dims=-1))[..., inner, inner]
     torch.testing.assert_close(shifted, network(lab)[..., inner, 28:56], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (5, 3), (64, 48)])
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_frozen_it_is_the_same_map(size, count):
+    """With a gradient it is made of convolutions, without of matrix products."""
+    torch.manual_seed(1)
+    network = ColorNormNet().eval()
+    for name, value in network.named_buffers():
+        if name.endswith("running_mean"):
+            value.normal_()
+        if name.endswith("running_var"):
+            value.uniform_(0.2, 3)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    lab = torch.rand(count, 3, *size) * 80
+    frozen = FrozenColorNormNet(network)
+    for again in (frozen, FrozenColorNormNet(frozen)):
+        for image in (lab, lab.clone().requires_grad_()):
+            out = again(image)
+            assert out.requires_grad == image.requires_grad
+            with torch.no_grad():
+                expected = network(lab)
+            torch.testing.assert_close(out.detach(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().sum() + 1))
