@@ -260,19 +260,27 @@ class NormalizeStain(_ImageTransform):
         return _like(inpt, self._normalize)
 
     def _normalize(self, image: Tensor) -> Tensor:
-        table = self._table_for(image)
-        if table is not None:
-            return look_up(image, table)
+        if image.dtype == torch.uint8 and self.fixed_map is not None and eager_on_cpu(image, self.fixed_map):
+            table = self.table_for(image.numel() // 3)
+            if table is not None:
+                return look_up(image, table)
         return shift_ab(image, -self._map_of(image), self.preserve_white)
 
-    def _table_for(self, image: Tensor) -> Tensor | None:
-        """The table of all colors for a fixed map, made after as many pixels as it has entries."""
-        if self.fixed_map is None or image.dtype != torch.uint8 or not eager_on_cpu(image, self.fixed_map):
+    def table_for(self, pixels: int) -> Tensor | None:
+        """The ``shift_table`` of a fixed map, shared by the process: made once as many pixels came as it has entries.
+
+        Args:
+            pixels: how many come now.
+
+        Returns:
+            The table, or None as long as it does not pay, or another thread makes one.
+        """
+        if self.fixed_map is None:
             return None
         key = (*self.fixed_map.flatten().tolist(), self.preserve_white)
         table = _tables.get(key)
         if table is None:
-            self._pixels += image.numel() // 3
+            self._pixels += pixels
             # Nobody waits: meanwhile images are shifted without it, and a fork may have copied the lock as it was held.
             if self._pixels >= TABLE_SIZE and _making_a_table.acquire(blocking=False):
                 try:

@@ -44,7 +44,9 @@ class Slide:
         level_downsamples: how many pixels of level 0 one of each level stands for, a side.
         mpp: (x, y) micrometers a pixel, or None where the slide does not say.
         objective: magnification of the objective, or None.
+        background: (R, G, B, 255) of what was not scanned.
         icc_profile: of the colors that are read, or None.
+        properties: OpenSlide's, of the slides that it reads.
         is_plain_tiff: whether it is a TIFF of no scanner's format, without other images beside the scan.
 
     Raises:
@@ -77,7 +79,8 @@ class Slide:
         self.level_downsamples = self._reader.level_downsamples
         self.dimensions = self.level_dimensions[0]
         self.is_plain_tiff = self._reader.is_plain
-        self.mpp, self.objective, self._background, self.icc_profile = self._reader.metadata
+        self.mpp, self.objective, self.background, self.icc_profile = self._reader.metadata
+        self.properties = self._reader.properties
         if mpp is not None:
             self.mpp = _agreed(self.mpp, mpp)
         self._colors: NDArray[np.int32] | None = None
@@ -130,7 +133,7 @@ class Slide:
         except Exception as error:
             raise ValueError(f"damaged at x = {x}, y = {y} of {width} x {height} pixels: {one_line(error)}") from error
         if pixels[..., 3].min() < 255:
-            background = Image.new("RGBA", (width, height), self._background)
+            background = Image.new("RGBA", (width, height), self.background)
             pixels = np.asarray(Image.alpha_composite(background, Image.fromarray(pixels)))
         return pixels if self._colors is None else look_up_pixels(pixels, self._colors)
 

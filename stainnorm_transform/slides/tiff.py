@@ -29,6 +29,7 @@ class TiffReader:
         level_dimensions: (width, height) of each level in pixels, the largest first.
         level_downsamples: how many pixels of level 0 one of each level stands for, a side.
         metadata: what the file says of itself.
+        properties: none, as these are OpenSlide's.
         is_plain: whether it is of no scanner's format, and holds nothing but the scan.
 
     Raises:
@@ -53,6 +54,7 @@ class TiffReader:
         width, height = self.level_dimensions[0]
         self.level_downsamples = [(width / w + height / h) / 2 for w, h in self.level_dimensions]
         self.is_plain = len(file.series) == 1 and not page.is_svs
+        self.properties: dict[str, str] = {}
         self.metadata = of_tiff(file, page, self._turn.is_transposed)
 
     def close(self) -> None:

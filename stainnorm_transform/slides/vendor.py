@@ -31,6 +31,7 @@ class OpenSlideReader:
         level_dimensions: (width, height) of each level in pixels, the largest first.
         level_downsamples: how many pixels of level 0 one of each level stands for, a side.
         metadata: what the file says of itself.
+        properties: the same in OpenSlide's words, and all that scanner and lab wrote.
         is_plain: as of ``TiffReader``.
     """
 
@@ -46,6 +47,7 @@ class OpenSlideReader:
         self.level_dimensions: list[tuple[int, int]] = [tuple(size) for size in self._slide.level_dimensions]
         self.level_downsamples = [float(value) for value in self._slide.level_downsamples]
         self.metadata = of_openslide(self._slide, icc_profile)
+        self.properties: dict[str, str] = dict(self._slide.properties)
         self._parts = [self._part(level) for level in range(len(self.level_dimensions))]
 
     def close(self) -> None:
