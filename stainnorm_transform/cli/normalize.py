@@ -104,7 +104,14 @@ def _add_slide_options(group: argparse._ArgumentGroup) -> None:
         "(default: %(default)s)",
     )
     compression.add_argument("--lossless", action="store_true", help="compress without loss: 3 to 5 times as large")
-    group.add_argument(
+    layout = group.add_mutually_exclusive_group()
+    layout.add_argument(
+        "--icc",
+        action="store_true",
+        help="write no slide, but a color profile with which viewers show it normalized: NAME.icc, and NAME.cube, the "
+        "same as a table of colors. It takes seconds a slide",
+    )
+    layout.add_argument(
         "--ome",
         action="store_true",
         help="write OME-TIFF (.ome.tif), of which OpenSlide sees the largest level only; default: .tif in Aperio's "
@@ -161,6 +168,9 @@ def _micrometers(text: str) -> float:
 
 def run(options: argparse.Namespace) -> int:
     """Normalizes as the options say; returns the exit status."""
+    if options.icc and (options.overview or options.srgb):
+        other = "--overview, which shows normalized files" if options.overview else "--srgb: the profile does that"
+        raise ValueError(f"expected --icc without {other}")
     reserved = [OVERVIEW] * options.overview + [MANIFEST] * options.ray
     plan = make_plan(_settings(options), options.inputs, reserved, options.again)
     if options.ray:
@@ -192,7 +202,9 @@ def _settings(options: argparse.Namespace) -> Settings:
         weights=os.path.abspath(options.weights) if is_path else options.weights,
         device=options.device,
         offsets=None if options.offset is None else Offsets.parse(options.offset),
-        slide_format=SlideFormat(None if options.lossless else options.quality, options.ome, options.keep_label),
+        slide_format=SlideFormat(
+            None if options.lossless else options.quality, options.ome, options.keep_label, options.icc
+        ),
         to_srgb=options.srgb,
         mpp=options.mpp,
         skip_damaged=options.skip_damaged,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -25,12 +26,14 @@ from stainnorm_transform.folders.outcome import FULL, Outcome
 from stainnorm_transform.folders.record import DAMAGED, Record, Source
 from stainnorm_transform.resources import choose_device, one_torch_thread
 from stainnorm_transform.slides import Slide, SlideFormat, formats, is_slide, slide_normalizer, write_slide
+from stainnorm_transform.slides.profile import color_cube, color_profile
 from stainnorm_transform.transform import NormalizeStain
 
 # Of the damaged parts of a slide, so many are named.
 NAMED = 5
 # What is said of a label mask.
 _COPIED = "few flat colors, as in a label mask: copied as it is"
+_NO_TISSUE = "no tissue was found, colors are as they were"
 # The middle of a TIFF, of so many pixels a side, tells nearly every scan from a label mask.
 _MIDDLE = 256
 # Told how many more pixels of a slide are done, and of how many.
@@ -127,9 +130,15 @@ class FileNormalizer:
             progress(0, total)
             if _is_mask(slide):
                 progress(total, total)
+                if chosen.slide_format.icc:
+                    raise ValueError("few flat colors, as in a label mask, whose colors are not those of a stain")
                 return self._copied(source, path, output)
             fixed, offset, tiles = slide_normalizer(slide, transform, threads)
             shift = given or Shift(offset, cast(Tensor, fixed.fixed_map))
+            if chosen.slide_format.icc:
+                self._profile(source, slide, fixed, shift, output)
+                progress(total, total)
+                return None if tiles != 0 else _NO_TISSUE
             with replacing(output) as temporary:
                 file_format = chosen.slide_format
                 write_slide(slide, temporary, fixed, file_format, threads, lambda pixels: progress(pixels, total))
@@ -139,14 +148,25 @@ class FileNormalizer:
             if slide.damaged:
                 notes.append(_white(slide.damaged))
             if tiles == 0:
-                notes.append("no tissue was found, colors are as they were")
+                notes.append(_NO_TISSUE)
             if slide.mpp and not chosen.slide_format.ome and not 0.99 < slide.mpp[0] / slide.mpp[1] < 1.01:
                 notes.append("pixels are not square, OpenSlide will give the mean of their sides")
             if slide.mpp is None:
                 notes.append("the slide does not say its resolution, nor does the result: --mpp gives it")
         return "; ".join(notes) or None
 
+    def _profile(self, source: Source, slide: Slide, fixed: NormalizeStain, shift: Shift, output: Path) -> None:
+        table = output.with_suffix(".cube")
+        if os.path.lexists(table) and not self.record.has(output):
+            raise ValueError(f"{table} would be written, which is there and was not made by this command: remove it")
+        with replacing(output) as temporary, replacing(table) as temporary_table:
+            temporary.write_bytes(color_profile(slide, fixed))
+            temporary_table.write_text(color_cube(fixed))
+            self._add(source, output, shift, temporary)
+
     def _image(self, source: Source, path: Path, output: Path) -> str | None:
+        if self.settings.slide_format.icc:
+            raise ValueError("expected a slide, got an image, which has no profile of its own: leave out --icc")
         image = images.read(path)
         if images.is_mask(image):
             return self._copied(source, path, output)
@@ -177,6 +197,8 @@ class FileNormalizer:
             how += " offset " + ",".join(str(round(value, 6)) for value in numbers.flatten().tolist())
         if is_slide(path):
             chosen = self.settings.slide_format
+            if chosen.icc:
+                return how + " icc"
             how += " lossless" if chosen.quality is None else f" quality {chosen.quality}"
             how += " label" * chosen.keep_label + " srgb" * self.settings.to_srgb
             if self.settings.mpp is not None:

@@ -36,6 +36,7 @@ class SlideFormat:
         quality: of JPEG, 1 to 100, whose color is subsampled 4:2:2, below 90 4:2:0; None is without loss, by Deflate.
         ome: OME-TIFF, rather than TIFF in the layout of Aperio, which OpenSlide reads with all levels and metadata.
         keep_label: whether to keep the images of the label and of the whole glass (macro), which shows the label.
+        icc: an ICC profile that shows the slide normalized, rather than a slide.
 
     Raises:
         ValueError: there is no such quality.
@@ -44,6 +45,7 @@ class SlideFormat:
     quality: int | None = 90
     ome: bool = False
     keep_label: bool = False
+    icc: bool = False
 
     def __post_init__(self) -> None:
         if self.quality is not None and not 1 <= self.quality <= 100:
@@ -52,6 +54,8 @@ class SlideFormat:
     @property
     def suffix(self) -> str:
         """What names of such files end in."""
+        if self.icc:
+            return ".icc"
         return ".ome.tif" if self.ome else ".tif"
 
 

@@ -23,11 +23,13 @@ from synthetic import (
     tissue,
 )
 
+from stainnorm_transform import NormalizeStain
 from stainnorm_transform.cli.main import main
 from stainnorm_transform.color import shift_ab
 from stainnorm_transform.folders import FileNormalizer, Settings
 from stainnorm_transform.folders.record import MAP_FIELDS
 from stainnorm_transform.slides import Slide, SlideFormat, slide_normalizer, write_slide
+from stainnorm_transform.slides.profile import color_cube, color_profile
 
 
 def test_slides_beside_tiles(run, tmp_path, random_normalize, capsys):
@@ -81,6 +83,43 @@ def test_a_slide_is_made_again_only_when_something_changed(run, tmp_path):
         assert not done(*options)
     make_slide(path, tissue(310, 300))
     assert done("--offset=1,3")
+
+
+def test_profiles_are_written_instead_of_slides(run, tmp_path, trained, capsys):
+    path = make_slide(tmp_path / "in/deep/a.svs", tissue(600, 700))
+    make_slide(tmp_path / "in/b.svs", np.full((300, 300, 3), 240, np.uint8))
+    options = ["--icc"]
+    assert run(tmp_path / "in", options=options) == 0
+    out = tmp_path / "out"
+    found = sorted(str(file.relative_to(out)) for file in out.rglob("*") if file.is_file())
+    assert found == ["b.cube", "b.icc", "deep/a.cube", "deep/a.icc", "offsets.csv"]
+    assert "b.svs: no tissue was found" in capsys.readouterr().out
+    with Slide(path) as slide:
+        fixed = slide_normalizer(slide, NormalizeStain.pretrained(trained)).normalize
+        assert (out / "deep/a.icc").read_bytes() == color_profile(slide, fixed)
+    assert (out / "deep/a.cube").read_text() == color_cube(fixed)
+    before = (out / "deep/a.icc").stat().st_mtime_ns
+    assert run(tmp_path / "in", options=options) == 0
+    assert (out / "deep/a.icc").stat().st_mtime_ns == before
+    # The maps in the record are those of a slide that is written.
+    assert run(path, out="slides") == 0
+    assert map_in(rows(tmp_path / "slides")[0]) == map_in(next(row for row in rows(out) if "a.icc" in row["output"]))
+
+
+def test_what_has_no_profile_is_named(run, tmp_path, capsys):
+    make_slide(tmp_path / "in/a.svs", tissue(300, 300), iccprofile=b"no profile")
+    save(tmp_path / "in/b.png")
+    (tmp_path / "out").mkdir()
+    mine = tmp_path / "out/c.cube"
+    mine.write_text("mine")
+    make_slide(tmp_path / "in/c.svs", tissue(300, 300))
+    assert run(tmp_path / "in", options=["--icc"]) == 1
+    told = capsys.readouterr().err
+    assert "a.svs: its ICC profile cannot be used" in told
+    assert "b.png: expected a slide, got an image, which has no profile of its own: leave out --icc" in told
+    assert "c.cube would be written, which is there and was not made by this command" in told
+    assert mine.read_text() == "mine"
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["c.cube", "offsets.csv"]
 
 
 def test_ome_tiff_has_a_name_of_its_own(run, tmp_path):
@@ -488,6 +527,9 @@ def test_slides_without_the_packages_are_named(run, tmp_path, monkeypatch, capsy
         (["--mpp", "nan"], "expected micrometers a pixel"),
         (["--threads", "0"], "expected a number of 1 or more, got '0'"),
         (["--quality", "80", "--lossless"], "not allowed with argument"),
+        (["--icc", "--ome"], "not allowed with argument"),
+        (["--icc", "--overview"], "expected --icc without --overview, which shows normalized files"),
+        (["--icc", "--srgb"], "expected --icc without --srgb: the profile does that"),
     ],
 )
 def test_options_that_cannot_be_are_refused(trained, tmp_path, capsys, options, message):
