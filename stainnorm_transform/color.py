@@ -65,11 +65,12 @@ def shift_ab(image: Tensor, shift: Tensor, preserve_white: bool = True, darkness
     L* is a function of relative luminance Y alone, so moving (a*, b*) at constant L* only moves f(X) by
     ``w * da / 500`` and f(Z) by ``-w * db / 200``. With ``preserve_white`` the offset fades out towards white glass
     and black by ``w = clamp(min((97 - L*) / 37, (L* - 5) / 5), 0, 1)``; otherwise ``w = 1``. Inside the sRGB gamut,
-    shifting by an offset and then by its negative restores the image; outside it, RGB is clamped to [0, 1]. A shift
-    of 0 changes nothing.
+    shifting by an offset and then by its negative restores the image (by a map it does not, as the color has changed);
+    outside it, RGB is clamped to [0, 1]. A shift of 0 changes nothing.
 
     A map gives each color an offset of its own: ``(da, db) = B z`` of ``z = (1, (L* - 60) / 20, (a* - 20) / 20,
-    (b* + 12) / 20)``. That of slopes 0 is the offset in its first column.
+    (b* + 12) / 20)``. So its first column is the offset of a usual color of tissue, and the others are by how much the
+    offset grows for 20 units of L*, of a* and of b*. A map whose slopes are 0 is an offset.
 
     Differentiable in ``image`` (floating point), ``shift`` and ``darkness``. On the CPU the result for an image does
     not depend, to the last bit, on the batch it is in; whether a gradient is recorded changes it by up to 1e-5.
@@ -79,16 +80,17 @@ def shift_ab(image: Tensor, shift: Tensor, preserve_white: bool = True, darkness
         shift: an offset (da, db) in CIELAB units (D65, 2 degree observer), shape (2,), or a map B, shape (2, 4), in the
             same units; one for all images, or with the leading dimensions of ``image``: (..., 2) or (..., 2, 4).
         preserve_white: whether to fade the shift out from L* = 60 to 97, and from 10 to 5.
-        darkness: factors of 100 - L*, at constant a*, b*: shape () or the leading dimensions of ``image``. Black keeps
-            its L* with ``preserve_white``.
+        darkness: factors of 100 - L*, at constant a*, b*, 0 or more: shape () or the leading dimensions of ``image``.
+            Black keeps its L* with ``preserve_white``.
 
     Returns:
         sRGB of the shape, dtype, device and memory format of ``image``. float64 is computed in float64, every other
         dtype in float32.
 
     Raises:
-        TypeError: ``image`` is neither uint8 nor floating point.
-        ValueError: the shapes do not fit the rules above; on the CPU also, the shift or the darkness is not finite.
+        TypeError: ``image`` is neither uint8 nor floating point, or ``shift`` or ``darkness`` no tensor.
+        ValueError: the shapes do not fit the rules above; on the CPU also, the shift or the darkness is not finite, or
+            the darkness below 0.
 
     Example:
         >>> pink = torch.tensor([0.9, 0.6, 0.7]).view(3, 1, 1)
@@ -97,6 +99,9 @@ def shift_ab(image: Tensor, shift: Tensor, preserve_white: bool = True, darkness
         [0.88, 0.6, 0.75]
     """
     check_image(image)
+    for name, value in (("shift", shift), ("darkness", darkness)):
+        if not isinstance(value, Tensor) and not (value is None and name == "darkness"):
+            raise TypeError(f"expected {name} to be a tensor, got {type(value).__name__}")
     leading = image.shape[:-3]
     end = (2, 4) if shift.shape[-1:] == (4,) else (2,)
     # The lengths first: to compare a length of a batch, which may be a symbol, with 2 would fix it.
@@ -151,6 +156,8 @@ def _weights(preserve_white: bool, shift: Tensor, darkness: Tensor | None = None
     factor = 1.0 if darkness is None else float(darkness)
     if not all(map(math.isfinite, (*itertools.chain(*color_map), factor))):
         raise ValueError(f"expected a finite shift and darkness, got {shift.tolist()} and {factor}")
+    if factor < 0:
+        raise ValueError(f"expected darkness of 0 or more, got {factor}")
     weights = []
     for row, divisor in zip(color_map, (500, -200), strict=True):
         # Beyond that, all colors are far outside of the gamut.
@@ -308,7 +315,7 @@ def random_offset(shape: Sequence[int], max_offset: float, generator: torch.Gene
 def random_slopes(shape: Sequence[int], slope: float, generator: torch.Generator | None = None) -> Tensor:
     """Random slopes of maps, (*shape, 2, 3): normal, those of a* on a* and b* on b* with the deviation ``slope``.
 
-    The deviation of a* on b* and b* on a* is 2/3 of it, that on L* 5/6. They are bounded as all slopes are.
+    The deviation of a* on b* and b* on a* is 2/3 of it, that on L* 5/6. Their norm is at most MAX_SLOPE.
     """
     normal = torch.randn(*shape, 2, 3, generator=generator, dtype=torch.float32)
     deviation = normal.new_tensor([[5 / 6, 1, 2 / 3], [5 / 6, 2 / 3, 1]]) * (slope * MAP_UNIT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 import os
 import sys
 import threading
@@ -91,8 +92,8 @@ class NormalizeStain(_ImageTransform):
     For PIL images (RGB), uint8 tensors, floating point tensors in [0, 1], ``tv_tensors.Image`` and ``Video``, of shape
     (..., 3, H, W), alone or in nested samples, whose masks and boxes (as tv_tensors) and labels pass through. The
     output has the kind, dtype, shape, device and memory format of the input. L* stays where the shifted color exists
-    in sRGB. An image without tissue comes back unchanged, and with ``preserve_white`` so do white
-    glass and black.
+    in sRGB. An image without tissue comes back unchanged, unless a map is fixed, and with ``preserve_white`` so do
+    white glass and black.
 
     The shift is one color map for an image: an offset in a*, b* that depends on the color alone, see ``shift_ab``.
     Every image has its own, unless ``for_slide``, ``with_map`` or ``with_offset`` fixes one for all. Then, from 2**24
@@ -106,7 +107,7 @@ class NormalizeStain(_ImageTransform):
     Args:
         network: a trained ColorNormNet, which is copied.
         preserve_white: as the network was trained, see ``shift_ab``.
-        slopes: whether maps have slopes, as for networks that were trained on such; otherwise they are one offset.
+        slopes: True for a network that was trained with a slope; False gives each image one offset.
         target: name of the target, for ``repr``.
         recipe: how the network was trained, for ``repr``.
         fixed_map: the map (2, 4) to take away from every image instead of an estimate.
@@ -182,8 +183,8 @@ class NormalizeStain(_ImageTransform):
     def estimate_offset(self, images: Tensor | PIL.Image.Image, dense: bool = False) -> Tensor:
         """What normalizing takes away from the mean color of the tissue: (0, a*, b*) in Lab units, (..., 3).
 
-        Of a fixed map, what it takes away from the mean color of the images' tissue, or from a usual one without any.
-        Arguments as for ``estimate_map``.
+        With a fixed map, what that takes away from the mean color of the tissue or, without tissue, from L* = 60,
+        a* = 20, b* = -12. Arguments as for ``estimate_map``.
         """
         with safe_after_fork():
             image = _to_tensor(images)
@@ -215,6 +216,8 @@ class NormalizeStain(_ImageTransform):
             TypeError: something else than images, such as (image, label) pairs.
             ValueError: there are no tiles.
         """
+        if isinstance(tiles, str | os.PathLike):
+            raise TypeError("expected tiles, got a path: SlideTiles(path, None) are the tiles of a slide")
         tiles = image_of(tiles)
         if isinstance(tiles, PIL.Image.Image) or (isinstance(tiles, Tensor) and tiles.ndim == 3):
             raise TypeError("expected a batch or a list of tiles, got one image: put it in a list")
@@ -236,6 +239,8 @@ class NormalizeStain(_ImageTransform):
     def with_map(self, color_map: Tensor) -> NormalizeStain:
         """A new transform to the same target that takes this map (2, 4) away from every image.
 
+        That is ``shift_ab(image, -color_map)``.
+
         Raises:
             TypeError: it is no tensor.
             ValueError: it has another shape, or is not finite.
@@ -254,7 +259,7 @@ class NormalizeStain(_ImageTransform):
 
         L* is not used. Raises as ``with_map`` does.
         """
-        return self.with_map(as_map(_checked(offset, "offset", (3,))[1:]))
+        return self.with_map(as_map(_checked(offset, "offset (L*, a*, b*)", (3,))[1:]))
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         return _like(inpt, self._normalize)
@@ -369,13 +374,15 @@ class PerturbStain(_ImageTransform):
     Args:
         max_offset: the offset of a usual color of tissue is uniform in [-max_offset, max_offset] for a* and for b*, in
             Lab units.
-        slope: standard deviation of the slopes, see ``color.random_slopes``: how much the offset changes for each Lab
-            unit of color.
+        slope: how much the offset changes for each Lab unit of color: the standard deviation of a random slope, whose
+            norm is at most 0.6. See ``color.random_slopes``; a map, see ``shift_ab``, has 20 times as much, for 20
+            units.
         darkness: factors of the darkness are log-uniform from exp(-darkness) to exp(darkness).
         preserve_white: whether white glass and black keep their color, see ``shift_ab``. Only pure white keeps its
             darkness.
 
     Raises:
+        TypeError: an argument is no number.
         ValueError: an argument is negative or not finite.
 
     Example:
@@ -388,10 +395,11 @@ class PerturbStain(_ImageTransform):
     ) -> None:
         super().__init__()
         for name, value in (("max_offset", max_offset), ("slope", slope), ("darkness", darkness)):
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+                hint = ": name preserve_white" if isinstance(value, bool) else ""
+                raise TypeError(f"expected a number for {name}, got {type(value).__name__}{hint}")
             if not 0 <= value < math.inf:
                 raise ValueError(f"expected a finite {name} >= 0, got {value}")
-        if isinstance(slope, bool) or isinstance(darkness, bool):
-            raise TypeError("expected numbers for slope and darkness, got a bool: name preserve_white")
         self.max_offset = max_offset
         self.slope = slope
         self.darkness = darkness
@@ -415,7 +423,8 @@ def _checked(value: Any, name: str, shape: tuple[int, ...]) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"expected {name} to be a tensor, got {type(value).__name__}")
     if value.shape != shape:
-        raise ValueError(f"expected one {name} of shape {shape}, got {tuple(value.shape)}")
+        hint = ": one fits all images, so take one row, or for_slide" if value.shape[1:] == shape else ""
+        raise ValueError(f"expected one {name} of shape {shape}, got {tuple(value.shape)}{hint}")
     if is_eager(value) and not value.isfinite().all():
         raise ValueError(f"expected a finite {name}, got {value.tolist()}")
     return value

@@ -53,3 +53,8 @@ def test_no_pickled_weights_and_no_large_files():
     for name in files:
         assert not name.endswith((".pt", ".pth", ".pkl", ".npy", ".npz")), name
         assert (ROOT / name).stat().st_size < 400_000, name
+
+
+def test_the_package_runs_as_the_command():
+    done = subprocess.run([sys.executable, "-m", "stainnorm_transform", "--version"], capture_output=True, text=True)
+    assert done.stdout == f"stainnorm {stainnorm_transform.__version__}\n"

@@ -71,8 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--offset",
         metavar="A,B|CSV",
         help="take away this a*, b* offset instead of an estimate (--offset=-3,4.5), or those of a CSV file with the "
-        "columns input (path or name), offset_a and offset_b; if it has the columns map_a, ... of an offsets.csv, "
-        "the maps in them",
+        "columns input (full path, or file name alone), offset_a and offset_b; where the columns map_a, ... of an "
+        "offsets.csv are filled, the maps in them, and offset_a and offset_b do not count",
     )
     add_device(parser)
     parser.add_argument(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -87,7 +87,20 @@ class Offsets:
         for key in (os.path.realpath(path), path.name):
             if key in self.by_path:
                 return self.by_path[key]
-        raise ValueError(f"it is not in {self.name}")
+        raise ValueError(f"{self.name} has no line for it: neither its full path nor its name is an input there")
+
+    def check(self, paths: Iterable[Path]) -> None:
+        """Raises ValueError where a name without a folder would stand for several files."""
+        named: dict[str, Path] = {}
+        for path in paths:
+            if os.path.realpath(path) in self.by_path or path.name not in self.by_path:
+                continue
+            if path.name in named:
+                raise ValueError(
+                    f"{self.name} has {path.name} without a folder, which could be {named[path.name]} or {path}: give "
+                    "full paths"
+                )
+            named[path.name] = path
 
 
 def _shift(row: Mapping[str, str | None]) -> Shift:

@@ -82,6 +82,8 @@ def make_plan(settings: Settings, inputs: Sequence[Path], reserved: Sequence[str
     found = find(inputs, out, left_out=left_out)
     named = {path: normalizer.output_name(path, below) for path, below in found.items()}
     outputs = place(named, out, [record.NAME, *reserved])
+    if settings.offsets is not None:
+        settings.offsets.check(outputs)
     if any(is_slide(path) for path in outputs):
         formats.packages()
     there = {path: output for path, output in outputs.items() if os.path.lexists(output)}

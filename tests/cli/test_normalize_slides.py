@@ -152,8 +152,24 @@ def test_given_offsets(run, tmp_path, capsys, monkeypatch):
     table.write_text("\ufeffinput,offset_a,offset_b\nin/a.svs,1,2\nx/b.svs,9,9\nc.png,5,6\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     assert run(tmp_path / "in", out="part", options=["--offset", str(table)]) == 1
-    assert f"b.svs: it is not in {table}" in capsys.readouterr().err
+    assert f"b.svs: {table} has no line for it: neither its full path nor its name" in capsys.readouterr().err
     assert {row["output"]: row["offset_a"] for row in rows(tmp_path / "part")} == {"a.tif": "1.000", "c.png": "5.000"}
+
+
+def test_a_name_that_could_be_several_files_is_refused(run, tmp_path, capsys):
+    for folder in ("x", "y"):
+        save(tmp_path / "in" / folder / "a.png")
+    table = tmp_path / "table.csv"
+    table.write_text("input,offset_a,offset_b\na.png,1,2\n")
+    assert run(tmp_path / "in", options=["--offset", str(table)]) == 2
+    told = capsys.readouterr().err
+    assert f"has a.png without a folder, which could be {tmp_path}/in/x/a.png or {tmp_path}/in/y/a.png" in told
+    assert not (tmp_path / "out").exists()
+    # One of them with its path leaves the name to the other.
+    table.write_text(f"input,offset_a,offset_b\na.png,1,2\n{tmp_path}/in/y/a.png,3,4\n")
+    assert run(tmp_path / "in", options=["--offset", str(table)]) == 0
+    found = {row["output"]: row["offset_a"] for row in rows(tmp_path / "out")}
+    assert found == {"x/a.png": "1.000", "y/a.png": "3.000"}
 
 
 def write_table(path, table):

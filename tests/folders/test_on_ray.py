@@ -93,7 +93,7 @@ def test_given_offsets_and_a_manifest_of_others(run_on_ray, tmp_path):
     table.write_text(f"input,offset_a,offset_b,{','.join(MAP_FIELDS)}\na.svs,1,2,1,0,0.5,0,2,0,0,0\n")
     done = run_on_ray("--offset", table)
     assert done.returncode == 1
-    assert f"b.png: it is not in {table}" in done.stderr
+    assert f"b.png: {table} has no line for it: neither its full path nor its name" in done.stderr
     (row,) = rows(tmp_path / "out")
     assert (row["offset_a"], row["offset_b"]) == ("1.000", "2.000")
     assert [float(row[name]) for name in MAP_FIELDS] == [1, 0, 0.5, 0, 2, 0, 0, 0]
