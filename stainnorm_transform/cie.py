@@ -21,8 +21,9 @@ _RGB_TO_XYZ = torch.tensor(
         [0.019334, 0.119193, 0.950227],
     ],
     dtype=torch.float64,
+    device="cpu",
 )
-_WHITE = torch.tensor([0.95047, 1.0, 1.08883], dtype=torch.float64)
+_WHITE = torch.tensor([0.95047, 1.0, 1.08883], dtype=torch.float64, device="cpu")
 _TO_RELATIVE_XYZ = _RGB_TO_XYZ / _WHITE[:, None]
 # Linear sRGB -> X, Y, Z, of which white has 1, and back.
 M = _TO_RELATIVE_XYZ.tolist()
@@ -33,6 +34,8 @@ M_INV = torch.linalg.inv(_TO_RELATIVE_XYZ).tolist()
 EPSILON = 216 / 24389
 KAPPA = 24389 / 27
 F_KNEE = 6 / 29
+# f(Y) of L* = 0.
+F_BLACK = 16 / 116
 
 # IEC 61966-2-1. The knee of its inverse is rounded there; computed, both are each other's inverse exactly.
 SRGB_KNEE = 0.04045

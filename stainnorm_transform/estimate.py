@@ -203,7 +203,7 @@ def _smaller(a: int, b: int) -> int:
 
 
 def _area_mean(image: Tensor, side: int) -> Tensor:
-    """Smaller by ``side / COPY_SIDE``: pixel i is the mean from floor(i scale) to ceil((i + 1) scale), each way.
+    """Smaller by ``side / COPY_SIDE``: a pixel is the mean of what it covers, of which parts of pixels count in part.
 
     What is left over at the right and the bottom is left out; a side shorter than one pixel becomes one pixel.
     """
@@ -216,11 +216,12 @@ def _area_mean(image: Tensor, side: int) -> Tensor:
 
 def _windows(length: int, side: int, device: torch.device) -> Tensor:
     """The share that each of ``length`` pixels has in each pixel of ``_area_mean``: (smaller length, length)."""
-    index = torch.arange(_length(length, side), device=device)[:, None]
-    start = index * side // COPY_SIDE
-    end = ((index * side + side + COPY_SIDE - 1) // COPY_SIDE).clamp(max=length)
-    pixel = torch.arange(length, device=device)
-    return ((start <= pixel) & (pixel < end)).float() / (end - start)
+    # In units of 1 / COPY_SIDE of a pixel, which are whole numbers.
+    start = side * torch.arange(_length(length, side), device=device)[:, None]
+    pixel = COPY_SIDE * torch.arange(length, device=device)
+    covered = torch.minimum(start + side, pixel + COPY_SIDE) - torch.maximum(start, pixel)
+    share = covered.clamp(min=0).float()
+    return share / share.sum(dim=-1, keepdim=True)
 
 
 def _block_mean(image: Tensor, block: int) -> Tensor:
@@ -229,12 +230,13 @@ def _block_mean(image: Tensor, block: int) -> Tensor:
     image = image[..., : image.shape[-2] // height * height, : image.shape[-1] // width * width]
 
     def mean(strip: Tensor) -> Tensor:
-        # int16 holds the sum of a column of a block, int32 that of a block.
-        total = unit_range(strip) if strip.is_floating_point() else strip.short()
+        is_float = strip.is_floating_point()
+        # int16 holds the sum of a column of a block of 128 pixels, int32 that of a block.
+        total = unit_range(strip) if is_float else strip.short()
         total = functools.reduce(torch.add, torch.unflatten(total, -2, (-1, height)).unbind(-2))
-        total = total if strip.is_floating_point() else total.int()
+        total = total if is_float else total.int()
         total = functools.reduce(torch.add, torch.unflatten(total, -1, (-1, width)).unbind(-1))
-        return total.float() / (height * width * (1 if strip.is_floating_point() else 255))
+        return total.float() / (height * width * (1 if is_float else 255))
 
     if not is_eager(image):
         return mean(image)

@@ -17,6 +17,8 @@ LEAK = 0.01
 DILATIONS = (1, 2, 4, 1)
 # Added to variances by batch norm.
 _EPS = 1e-5
+# Images of more pixels are convolved, which takes less memory.
+_MATRIX_PIXELS = 1 << 17
 
 
 class ColorNormNet(nn.Module):
@@ -124,7 +126,7 @@ class FrozenColorNormNet(nn.Module):
     def forward(self, lab: Tensor) -> Tensor:
         """As that of ColorNormNet in eval mode."""
         scaled = (lab - self.lab_shift) / self.lab_scale
-        if eager_on_cpu(scaled) and not scaled.requires_grad and len(scaled):
+        if self._is_for_matrices(scaled):
             return torch.stack([self._by_matrices(image) for image in scaled]) * self.offset_scale
         features = F.conv2d(scaled, self.stem_weight, self.stem_bias, padding=1)
         for block, dilation in enumerate(DILATIONS):
@@ -132,14 +134,19 @@ class FrozenColorNormNet(nn.Module):
                 weight = self.layers_weight[block, : layer + 1, layer].transpose(0, 1).flatten(1, 2)
                 new = F.conv2d(features, weight, padding=dilation, dilation=dilation)
                 features = torch.cat([features, self._normalized(new, block, layer)], dim=1)
-            features = self._normalized(
-                F.conv2d(features, self.transition_weight[block, :, :, None, None]), block, LAYERS
-            )
+            mixed = F.conv2d(features, self.transition_weight[block, :, :, None, None])
+            features = self._normalized(mixed, block, LAYERS)
         return F.conv2d(features, self.head_weight, self.head_bias, padding=1) * self.offset_scale
 
     def _normalized(self, features: Tensor, block: int, layer: int) -> Tensor:
         factor, term = (norm[block, layer, :, None, None] for norm in (self.norm_factor, self.norm_term))
         return torch.addcmul(term, F.leaky_relu(features, LEAK), factor)
+
+    def _is_for_matrices(self, batch: Tensor) -> bool:
+        tensors = batch, *self.buffers()
+        if not eager_on_cpu(*tensors) or any(tensor.requires_grad for tensor in tensors):
+            return False
+        return bool(len(batch)) and batch.shape[-2:].numel() <= _MATRIX_PIXELS
 
     def _by_matrices(self, image: Tensor) -> Tensor:
         """Of one image (3, H, W): products of matrices, which are faster than convolutions of so few channels."""
@@ -148,33 +155,42 @@ class FrozenColorNormNet(nn.Module):
         of_layers = features.unbind()
         sums = image.new_empty(LAYERS, FILTERS, *size)
         to_layers, all_sums = sums.unbind(), sums.view(LAYERS * FILTERS, -1)
-        around = {dilation: _Surroundings(image, dilation) for dilation in set(DILATIONS)}
+        around = image.new_empty(9 * FILTERS, size.numel())
+        at_distance = {dilation: _Surroundings(image, dilation) for dilation in set(DILATIONS)}
         # Of all blocks, one after the other.
-        weights = iter(self.layers_weight.view(-1, LAYERS * FILTERS, 9 * FILTERS).unbind())
-        factors, terms = (iter(norm.view(-1, FILTERS, 1, 1).unbind()) for norm in (self.norm_factor, self.norm_term))
+        weights = self.layers_weight.reshape(-1, LAYERS * FILTERS, 9 * FILTERS).unbind()
+        factors, terms = (norm.reshape(-1, FILTERS, 1, 1).unbind() for norm in (self.norm_factor, self.norm_term))
 
         def convolve(source: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-            return torch.addmm(bias[:, None], weight.view(FILTERS, -1), around[1].of(source)).view(image.shape)
+            seen = at_distance[1].write(source, around)
+            return torch.addmm(bias[:, None], weight.flatten(1), seen).view(image.shape)
 
-        def finish(values: Tensor, out: Tensor) -> None:
-            torch.addcmul(next(terms), F.leaky_relu(values, LEAK), next(factors), out=out)
+        def finish(values: Tensor, norm: int, out: Tensor) -> None:
+            torch.addcmul(terms[norm], F.leaky_relu(values, LEAK), factors[norm], out=out)
 
         of_layers[0].copy_(convolve(image, self.stem_weight, self.stem_bias))
-        for dilation, transition in zip(DILATIONS, self.transition_weight.unbind(), strict=True):
+        for block, dilation in enumerate(DILATIONS):
             sums.zero_()
             for layer, to_layer in enumerate(to_layers):
                 # What the newest features add to this layer and to all that follow.
-                all_sums.addmm_(next(weights), around[dilation].of(of_layers[layer]))
-                finish(to_layer, of_layers[layer + 1])
-            finish((transition @ features.view(-1, size.numel())).view(image.shape), of_layers[0])
+                seen = at_distance[dilation].write(of_layers[layer], around)
+                all_sums.addmm_(weights[LAYERS * block + layer], seen)
+                finish(to_layer, (LAYERS + 1) * block + layer, of_layers[layer + 1])
+            mixed = self.transition_weight[block] @ features.view(-1, size.numel())
+            finish(mixed.view(image.shape), (LAYERS + 1) * block + LAYERS, of_layers[0])
         return convolve(of_layers[0], self.head_weight, self.head_bias)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        if f"{prefix}stem.weight" in state_dict:
-            # States of version 0.1.0 are those of a ColorNormNet.
-            names = [name for name in state_dict if name.startswith(prefix)]
-            state = {name[len(prefix) :]: state_dict.pop(name) for name in names}
-            state_dict.update({prefix + name: tensor for name, tensor in _folded(state).items()})
+        # States of version 0.1.0 are those of a ColorNormNet. What is not quite one is left, and told as unexpected.
+        with torch.device("meta"):
+            expected = {name: tensor.shape for name, tensor in ColorNormNet().state_dict().items()}
+        # How many batches were seen, which was not kept, does not matter.
+        state = {name: state_dict.get(prefix + name) for name in expected if not name.endswith("num_batches_tracked")}
+        if all(tensor is not None and tensor.shape == expected[name] for name, tensor in state.items()):
+            for name in expected:
+                state_dict.pop(prefix + name, None)
+            folded = _folded({name: tensor for name, tensor in state.items() if tensor is not None})
+            state_dict.update({prefix + name: tensor for name, tensor in folded.items()})
         super()._load_from_state_dict(state_dict, prefix, *rest)
         for name, tensor in self.named_buffers():
             # With assign=True the buffers are the state's own tensors: of its dtype, and perhaps parameters.
@@ -182,23 +198,21 @@ class FrozenColorNormNet(nn.Module):
 
 
 class _Surroundings:
-    """What each pixel of an image (3, H, W) has around it, at a distance; beyond the border, 0."""
+    """What each pixel of images (3, H, W) has around it, at a distance; beyond the border, 0."""
 
     def __init__(self, image: Tensor, dilation: int) -> None:
         channels, height, width = image.shape
         padded = image.new_zeros(channels, height + 2 * dilation, width + 2 * dilation)
         channel, row, column = padded.stride()
         self._inside = padded[:, dilation : dilation + height, dilation : dilation + width]
-        shape = (channels, 3, 3, height, width)
-        self._around = padded.as_strided(shape, (channel, dilation * row, dilation * column, row, column))
-        self._copy = image.new_empty(shape)
-        self._matrix = self._copy.view(9 * channels, -1)
+        self._shape = (channels, 3, 3, height, width)
+        self._around = padded.as_strided(self._shape, (channel, dilation * row, dilation * column, row, column))
 
-    def of(self, image: Tensor) -> Tensor:
-        """Those of an image of the same shape: (9 C, H W), in memory that the next call writes to."""
+    def write(self, image: Tensor, out: Tensor) -> Tensor:
+        """Those of an image to ``out``: (9 C, H W)."""
         self._inside.copy_(image)
-        self._copy.copy_(self._around)
-        return self._matrix
+        out.view(self._shape).copy_(self._around)
+        return out
 
 
 def _folded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -259,7 +259,7 @@ class NormalizeStain(_ImageTransform):
 
         L* is not used. Raises as ``with_map`` does.
         """
-        return self.with_map(as_map(_checked(offset, "offset (L*, a*, b*)", (3,))[1:]))
+        return self.with_map(as_map(_checked(offset, "offset", (3,))[1:]))
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         return _like(inpt, self._normalize)

@@ -385,12 +385,12 @@ def test_what_runs_on_cuda_is_the_same(monkeypatch):
             batch, here = images[place], [row[place] for row in rows]
             for image in (batch, batch.transpose(-3, -1).contiguous().transpose(-3, -1)):
                 shift, *factor = here
-                out, expected = color._in_strips(image, True, *here), shift_ab(image, shift, True, *factor)
+                out, expected = color._on_cuda(image, True, *here), shift_ab(image, shift, True, *factor)
                 torch.testing.assert_close(out, expected, atol=1e-5, rtol=0, equal_nan=True)
                 assert out.stride() == expected.stride()
     levels = (255 * torch.rand(2, 3, 40, 50)).to(torch.uint8)
     for shift in (offsets[0, :2], maps[0, :2]):
-        difference = (color._in_strips(levels, True, shift).int() - shift_ab(levels, shift).int()).abs()
+        difference = (color._on_cuda(levels, True, shift).int() - shift_ab(levels, shift).int()).abs()
         assert difference.max() <= 1
         assert difference.float().mean() < 1e-3
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from stainnorm_transform import ColorNormNet
+from stainnorm_transform import network as network_module
 from stainnorm_transform.network import FrozenColorNormNet
 
 
@@ -60,3 +61,64 @@ def test_frozen_it_is_the_same_map(size, count):
             with torch.no_grad():
                 expected = network(lab)
             torch.testing.assert_close(out.detach(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().sum() + 1))
+
+
+@pytest.fixture
+def frozen():
+    torch.manual_seed(2)
+    return FrozenColorNormNet(ColorNormNet().eval())
+
+
+def test_any_layout_of_its_weights(frozen):
+    lab = torch.rand(1, 3, 20, 30) * 50
+    expected = frozen(lab)
+    torch.manual_seed(2)
+    network = ColorNormNet().eval().to(memory_format=torch.channels_last)
+    torch.testing.assert_close(FrozenColorNormNet(network)(lab), expected)
+    other = FrozenColorNormNet(ColorNormNet())
+    state = {
+        name: tensor.to(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+        for name, tensor in frozen.state_dict().items()
+    }
+    for content in (state, network.state_dict()):
+        other.load_state_dict(content, assign=True)
+        torch.testing.assert_close(other(lab), expected)
+    torch.testing.assert_close(frozen.to(memory_format=torch.channels_last)(lab), expected)
+
+
+def test_weights_may_be_inputs(frozen):
+    lab = torch.rand(2, 3, 12, 9) * 50
+    expected, weight = frozen(lab), frozen.stem_weight
+
+    def call(stem):
+        return torch.func.functional_call(frozen, {"stem_weight": stem}, (lab,))
+
+    torch.testing.assert_close(call(weight), expected)
+    given = weight.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(call(given).sum(), given)
+    assert gradient.abs().sum() > 0
+    several = torch.vmap(call)(torch.stack([weight, 2 * weight]))
+    torch.testing.assert_close(several, torch.stack([expected, call(2 * weight)]))
+
+
+def test_what_is_not_quite_an_old_state_is_refused(frozen):
+    old = ColorNormNet().state_dict()
+    frozen.load_state_dict(old)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        frozen.load_state_dict({**old, "junk": torch.ones(1)})
+    missing = {name: tensor for name, tensor in old.items() if name != "blocks.1.layers.0.0.weight"}
+    misshapen = {**old, "blocks.0.layers.1.0.weight": torch.zeros(3, 9, 3, 3)}
+    before = {name: tensor.clone() for name, tensor in frozen.state_dict().items()}
+    for state in (missing, misshapen):
+        with pytest.raises(RuntimeError, match="Missing key"):
+            frozen.load_state_dict(state)
+        frozen.load_state_dict(state, strict=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in frozen.state_dict().items())
+
+
+def test_large_images_are_convolved(frozen, monkeypatch):
+    lab = torch.rand(1, 3, 40, 30) * 50
+    expected = frozen(lab)
+    monkeypatch.setattr(network_module, "_MATRIX_PIXELS", 40 * 30 - 1)
+    monkeypatch.setattr(FrozenColorNormNet, "_by_matrices", None)
+    torch.testing.assert_close(frozen(lab), expected, atol=1e-4, rtol=1e-4)
