@@ -634,7 +634,14 @@ def plot(tiles: list[list[Tensor]], path: Path) -> None:
         for center, images in enumerate(tiles):
             means = torch.stack([tissue_mean(change(image), like=image) for image in images])
             label, marker = (f"center {center}, the target", "*") if center == target else (f"center {center}", "o")
-            axis.scatter(*means.T, label=label, marker=marker, s=90 if center == target else 40, alpha=0.8)
+            axis.scatter(
+                *means.T,
+                label=label,
+                marker=marker,
+                s=90 if center == target else 40,
+                alpha=0.8,
+                zorder=3 if center == target else 2,
+            )
         axis.set_title(title)
         axis.set_xlabel("a* (green to red)")
         axis.grid(alpha=0.3)

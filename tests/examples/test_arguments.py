@@ -22,6 +22,7 @@ MISSING = {
     "albumentations_transform": ("--tile nowhere", "expected a file that is there, got 'nowhere'"),
     "from_torchstain": ("--target nowhere", "expected a file that is there, got 'nowhere'"),
     "slide_resnet": ("nowhere", "expected a file that is there, got 'nowhere'"),
+    "read_normalized": ("nowhere", "expected a file that is there, got 'nowhere'"),
     "slide_sample": ("nowhere", "expected a file that is there, got 'nowhere'"),
     "benchmark_slides": ("nowhere", "expected a file that is there, got 'nowhere'"),
     "ray_features": ("nowhere --out out", "expected slides: nowhere does not exist"),

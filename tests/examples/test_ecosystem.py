@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from render_tiles import LABS, render_tile
-from synthetic import ROOT
+from synthetic import ROOT, make_slide, tissue
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import transforms as v1
@@ -482,3 +482,14 @@ def test_command_of_the_docstring(name, tmp_path, monkeypatch, capsys):
     example.main()
     assert re.search(printed, capsys.readouterr().out)
     assert any(tmp_path.iterdir()) == ("--out" in arguments)
+
+
+@pytest.mark.parametrize("library", ["tiatoolbox", "wsidata", "large_image_source_openslide", "openslide"])
+def test_libraries_that_open_slides_read_them_normalized(tmp_path, monkeypatch, capsys, library):
+    needs(library)
+    read_normalized = importlib.import_module("read_normalized")
+    path = make_slide(tmp_path / "a.svs", tissue(1100, 1500))
+    monkeypatch.setattr(read_normalized, "READERS", {library: read_normalized.READERS[library]})
+    monkeypatch.setattr(sys, "argv", ["read_normalized.py", str(path), "--tiles", "9"])
+    read_normalized.main()
+    assert capsys.readouterr().out.splitlines()[-1] == f"{library}: 9 tiles, off by 0"
