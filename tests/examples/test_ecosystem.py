@@ -486,7 +486,7 @@ def test_command_of_the_docstring(name, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("library", ["tiatoolbox", "wsidata", "large_image_source_openslide", "openslide"])
 def test_libraries_that_open_slides_read_them_normalized(tmp_path, monkeypatch, capsys, library):
-    needs(library)
+    pytest.importorskip(library, reason=f'needs {library}: pip install -e ".[readers]" or tiatoolbox')
     read_normalized = importlib.import_module("read_normalized")
     path = make_slide(tmp_path / "a.svs", tissue(1100, 1500))
     monkeypatch.setattr(read_normalized, "READERS", {library: read_normalized.READERS[library]})
