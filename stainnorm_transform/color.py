@@ -160,20 +160,21 @@ def _on_cpu(image: Tensor, preserve_white: bool, *rows: Tensor) -> Tensor:
 def _change(preserve_white: bool, shift: Tensor, darkness: Tensor | None = None) -> strips.Change:
     """A shift in the terms of ``strips``."""
     color_map = shift.tolist() if shift.ndim == 2 else [[offset, 0, 0, 0] for offset in shift.tolist()]
-    to_x, to_z = (
-        strips.Linear(*(sum(map(operator.mul, row, column)) / divisor for column in zip(*_Z_OF_F, strict=True)))
-        for row, divisor in zip(color_map, (500, -200), strict=True)
-    )
+    parts = []
+    for row, divisor in zip(color_map, (500, -200), strict=True):
+        one, x, y, z = (sum(map(operator.mul, row, column)) / divisor for column in zip(*_Z_OF_F, strict=True))
+        parts.append(strips.Linear(f_x=x, f_y=y, f_z=z, constant=one))
+    to_x, to_z = parts
     to_y = None
     if darkness is not None:
-        to_y = strips.Linear(1 - float(darkness), f_y=float(darkness) - 1)
-    whole = strips.Linear(1.0)
+        to_y = strips.Linear(f_y=float(darkness) - 1, constant=1 - float(darkness))
+    whole = strips.Linear(constant=1.0)
     if not preserve_white:
         return strips.Change(to_x, to_z, to_y, whole, whole)
     # As in ``fade``, of L* = 116 f(Y) - 16.
     white, black = WHITE_LIGHTNESS - FULL_LIGHTNESS[1], FULL_LIGHTNESS[0] - BLACK_LIGHTNESS
-    below_white = strips.Linear((WHITE_LIGHTNESS + 16) / white, f_y=-116 / white)
-    above_black = strips.Linear(-(BLACK_LIGHTNESS + 16) / black, f_y=116 / black)
+    below_white = strips.Linear(f_y=-116 / white, constant=(WHITE_LIGHTNESS + 16) / white)
+    above_black = strips.Linear(f_y=116 / black, constant=-(BLACK_LIGHTNESS + 16) / black)
     return strips.Change(to_x, to_z, to_y, below_white, above_black)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,20 +23,16 @@ _BINS = 4096
 
 
 class Linear(NamedTuple):
-    """A linear function of f(X), f(Y) and f(Z)."""
+    """A linear function of f(X), f(Z) and f(Y), by what they are multiplied with."""
 
-    constant: float = 0.0
     f_x: float = 0.0
-    f_y: float = 0.0
     f_z: float = 0.0
-
-    def of(self, f: Sequence[Tensor], out: Tensor) -> Tensor:
-        """Its value, written to ``out``."""
-        return _sum(f, self[1:], out).add_(self.constant)
+    f_y: float = 0.0
+    constant: float = 0.0
 
 
 class Change(NamedTuple):
-    """What a shift adds to f(X), f(Y) and f(Z).
+    """What a shift adds to f(X), f(Z) and f(Y).
 
     Attributes:
         to_x: to f(X), of pixels that take the whole shift.
@@ -69,35 +64,33 @@ def shift(image: Tensor, out: Tensor, change: Change) -> None:
 
 
 class _Strip:
-    """The memory of a strip of so many pixels, and what is done in it.
-
-    No matrix products: what precision torch gives them is for users to choose.
-    """
+    """The memory of a strip of so many pixels, and what is done in it."""
 
     def __init__(self, pixels: int, dtype: torch.dtype) -> None:
         self.is_bytes = dtype == torch.uint8
-        self.white = _BINS if self.is_bytes else 1
         self.index = torch.empty(pixels if self.is_bytes else 0, dtype=torch.int64, device="cpu")
-        self.linear, self.xyz, self.f, self.moved = (
-            torch.empty(3, pixels, dtype=torch.float32, device="cpu") for _ in range(4)
-        )
-        self.share, self.from_black = torch.empty(2, pixels, dtype=torch.float32, device="cpu").unbind()
+        # Three rows are of R, G and B, or of X, Z and Y: what moves at constant L* lies together.
+        self.linear, self.xzy = (torch.empty(3, pixels, dtype=torch.float32, device="cpu") for _ in range(2))
+        self.f_and_one = torch.ones(4, pixels, dtype=torch.float32, device="cpu")
+        self.f = self.f_and_one[:3]
+        # Those of a Change.
+        self.terms = torch.empty(5, pixels, dtype=torch.float32, device="cpu")
 
     def shifted(self, image: Tensor, change: Change) -> Tensor:
         """An image (3, H, W), shifted: (3, H W), of uint8 as int32."""
         if self.is_bytes:
             levels, steps = _tables()
-            self._look_up(levels, self.xyz.view(torch.int32).view(image.shape).copy_(image), self.linear)
+            self._look_up(levels, self.xzy.view(torch.int32).view(image.shape).copy_(image), self.linear)
         else:
-            self.xyz.view(image.shape).copy_(image).clamp_(0, 1)
-            cie.decode(self.xyz, out=self.linear, spare=self.xyz)
+            self.xzy.view(image.shape).copy_(image).clamp_(0, 1)
+            cie.decode(self.xzy, out=self.linear, spare=self.xzy)
         self._move(change)
         if not self.is_bytes:
-            return cie.encode(self.linear, out=self.xyz, spare=self.linear).clamp_(0, 1)
-        bins = self.moved.view(torch.int32).copy_(self.linear.clamp_(0, _BINS))
-        self._look_up(steps, bins, self.xyz)
+            return cie.encode(self.linear, out=self.xzy, spare=self.linear).clamp_(0, 1)
+        bins = self.terms[:3].view(torch.int32).copy_(self.linear.clamp_(0, _BINS))
+        self._look_up(steps, bins, self.xzy)
         # From float to uint8 at once is slower.
-        return bins.copy_(self.xyz.add_(self.linear))
+        return bins.copy_(self.xzy.add_(self.linear))
 
     def _look_up(self, table: Tensor, index: Tensor, out: Tensor) -> None:
         # By int32, which is faster to make of other numbers than int64 is; but int64 is faster to look up.
@@ -106,64 +99,77 @@ class _Strip:
 
     def _move(self, change: Change) -> None:
         """Moves ``linear``, which is not clamped."""
-        rgb = self.linear.unbind()
-        for row, value in zip(cie.M, self.xyz.unbind(), strict=True):
-            _sum(rgb, [weight / self.white for weight in row], value)
+        to_xzy, from_xzy = _matrices(_BINS if self.is_bytes else 1)
+        _multiply(to_xzy, self.linear, self.xzy)
         # So that NaN, which is not below, is dark as well.
-        dark = not float(self.xyz.amin()) >= cie.EPSILON
+        dark = not float(self.xzy.amin()) >= cie.EPSILON
         if dark:
-            below = torch.clamp(self.xyz - cie.EPSILON, max=0)
-            self.xyz.clamp_(min=cie.EPSILON)
+            below = torch.clamp(self.xzy - cie.EPSILON, max=0)
+            self.xzy.clamp_(min=cie.EPSILON)
         self._cube_root()
         if dark:
             self.f.add_(below, alpha=cie.KAPPA / 116)
 
-        f = self.f.unbind()
-        moved_x, moved_y, moved_z = self.moved.unbind()
-        from_black = change.above_black.of(f, self.from_black).clamp_(0, 1)
-        share = torch.minimum(change.below_white.of(f, self.share), from_black, out=self.share).clamp_(min=0)
-        change.to_x.of(f, moved_x).mul_(share).add_(f[0])
-        change.to_z.of(f, moved_z).mul_(share).add_(f[2])
+        _multiply(torch.tensor([part or Linear() for part in change], device="cpu"), self.f_and_one, self.terms)
+        step, below_white, above_black = self.terms[2:].unbind()
+        share = torch.minimum(below_white, above_black.clamp_(0, 1), out=below_white).clamp_(min=0)
+        self.terms[:2].mul_(share)
         if change.to_y is not None:
-            step = change.to_y.of(f, moved_y).mul_(from_black).add_(f[1]).clamp_(min=cie.F_BLACK).sub_(f[1])
-            moved_x.add_(step)
-            moved_z.add_(step)
-            step.add_(f[1])
-        else:
-            moved_y.copy_(f[1])
+            f_y = self.f[2]
+            step.mul_(above_black).add_(f_y).clamp_(min=cie.F_BLACK).sub_(f_y)
+            self.terms[:2].add_(step)
+        moving = 2 if change.to_y is None else 3
+        f, moved = self.f[:moving], self.terms[:moving]
+        moved.add_(f)
         # As in kornia and scikit-image, f(Z) stops at 0.
-        moved_z.clamp_(min=0)
-        if dark or not float(self.moved.amin()) >= cie.F_KNEE:
-            moved = cie.f_inverse(self.moved).sub_(cie.f_inverse(self.f))
+        moved[1].clamp_(min=0)
+        if dark or not float(moved.amin()) >= cie.F_KNEE:
+            moved = cie.f_inverse(moved).sub_(cie.f_inverse(f))
         else:
             # Of the same f, so that its error hardly shows in the difference.
-            moved = torch.pow(self.moved, 3, out=self.moved).sub_(torch.pow(self.f, 3, out=self.xyz))
-        for row, channel in zip(cie.M_INV, rgb, strict=True):
-            for axis, (weight, moved_by) in enumerate(zip(row, moved.unbind(), strict=True)):
-                if axis != 1 or change.to_y is not None:
-                    channel.add_(moved_by, alpha=weight * self.white)
+            torch.pow(moved, 3, out=moved).sub_(torch.pow(f, 3, out=self.xzy[:moving]))
+        _multiply(from_xzy[:, :moving], moved, self.linear, add=True)
 
     def _cube_root(self) -> None:
-        """Of ``xyz``, which is lost, to ``f``."""
-        ratio, bits = self.moved, self.f.view(torch.int32)
+        """Of ``xzy``, which is lost, to ``f``."""
+        ratio, bits = self.terms[:3], self.f.view(torch.int32)
         shift, coefficients = _constants()
-        bits.copy_(torch.add(shift, ratio.copy_(self.xyz.view(torch.int32)), alpha=1 / 3, out=ratio))
-        torch.div(self.xyz, torch.pow(self.f, 3, out=ratio), out=ratio)
-        factor = torch.add(coefficients[-2], ratio, alpha=_CUBE_ROOT[-1], out=self.xyz)
+        bits.copy_(torch.add(shift, ratio.copy_(self.xzy.view(torch.int32)), alpha=1 / 3, out=ratio))
+        torch.div(self.xzy, torch.pow(self.f, 3, out=ratio), out=ratio)
+        factor = torch.add(coefficients[-2], ratio, alpha=_CUBE_ROOT[-1], out=self.xzy)
         for coefficient in coefficients[-3::-1]:
             torch.addcmul(coefficient, factor, ratio, out=factor)
         self.f.mul_(factor)
 
 
-def _sum(values: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> Tensor:
-    """The weighted sum, written to ``out``."""
-    counting = [(value, weight) for value, weight in zip(values, weights, strict=True) if weight]
-    if not counting:
-        return out.zero_()
-    torch.mul(*counting[0], out=out)
-    for value, weight in counting[1:]:
-        out.add_(value, alpha=weight)
-    return out
+def _multiply(matrix: Tensor, rows: Tensor, out: Tensor, add: bool = False) -> None:
+    """Writes a product of matrices to ``out``, or adds it."""
+    if _is_exact():
+        out.addmm_(matrix, rows, beta=int(add))
+        return
+    for weights, target in zip(matrix.tolist(), out, strict=True):
+        for number, (weight, row) in enumerate(zip(weights, rows, strict=True)):
+            if number or add:
+                target.add_(row, alpha=weight)
+            else:
+                torch.mul(row, weight, out=target)
+
+
+def _is_exact() -> bool:
+    """Whether torch computes products of matrices of float32 in float32, which users may choose."""
+    mkldnn = torch.backends.mkldnn
+    if not hasattr(mkldnn, "matmul"):  # torch before 2.9
+        return torch.get_float32_matmul_precision() == "highest"
+    return {place.fp32_precision for place in (torch.backends, mkldnn, mkldnn.matmul)} <= {"none", "ieee"}
+
+
+@functools.cache
+def _matrices(white: float) -> tuple[Tensor, Tensor]:
+    """Linear light, of which white has this much, to X, Z and Y, and back."""
+    order = [0, 2, 1]
+    to_xzy = torch.tensor(cie.M, dtype=torch.float64, device="cpu")[order] / white
+    from_xzy = torch.tensor(cie.M_INV, dtype=torch.float64, device="cpu")[:, order] * white
+    return to_xzy.float(), from_xzy.float()
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kornia.color import lab_to_rgb, rgb_to_lab
 
-from stainnorm_transform import color
+from stainnorm_transform import color, strips
 from stainnorm_transform.color import (
     MAP_UNIT,
     MAX_SLOPE,
@@ -371,6 +371,29 @@ def test_in_strips_and_at_once_the_result_is_the_same():
         with_gradient = shift_ab(image.clone().requires_grad_(), shift, True, darkness)
         torch.testing.assert_close(with_gradient.detach(), expected, atol=1e-5, rtol=0)
         torch.testing.assert_close(shift_batch(image, True, shift, darkness), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="needs torch 2.9")
+def test_without_matrix_products_the_result_is_the_same(monkeypatch, tile):
+    """Where users let torch compute these in less than float32."""
+    shifts = [(torch.tensor([9.0, -20.0]), None), (any_map(0).float(), None), (any_map(1).float(), torch.tensor(0.7))]
+    expected = [
+        [shift_ab(image, *given) for image in (tile, tile / 255)] for given in ((s, True, d) for s, d in shifts)
+    ]
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert not strips._is_exact()
+        monkeypatch.setattr(torch.Tensor, "addmm_", None)
+        for (shift, darkness), (levels, values) in zip(shifts, expected, strict=True):
+            difference = (shift_ab(tile, shift, True, darkness).int() - levels.int()).abs()
+            assert difference.max() <= 1
+            assert difference.float().mean() < 1e-3
+            torch.testing.assert_close(shift_ab(tile / 255, shift, True, darkness), values, atol=1e-5, rtol=0)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.mkldnn.matmul.fp32_precision = before
+    assert strips._is_exact()
 
 
 def test_what_runs_on_cuda_is_the_same(monkeypatch):
