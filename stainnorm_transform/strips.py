@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from stainnorm_transform import cie
 
-# Memory of a strip takes 68 bytes a pixel. Larger ones leave the cache, smaller ones are too many calls.
+# The memory of a strip takes 68 bytes a pixel. Larger ones leave the cache, smaller ones are too many calls.
 _STRIP_PIXELS = 1 << 16
 
 # The bits of a float, over 3, plus this are about those of its cube root y: for r = x / y**3 in [0.84, 1], the cube
@@ -57,10 +58,35 @@ def shift(image: Tensor, out: Tensor, change: Change) -> None:
     height, width = image.shape[-2:]
     rows = min(max(1, _STRIP_PIXELS // width), height)
     strip = _Strip(rows * width, image.dtype)
-    for source, target in zip(torch.split(image, rows, dim=-2), torch.split(out, rows, dim=-2), strict=True):
-        if source.shape[-2] != rows:
-            strip = _Strip(source.shape[-2] * width, image.dtype)
-        target.copy_(strip.shifted(source, change).view(source.shape))
+    # Each call then takes less.
+    with torch.inference_mode():
+        for source, target in zip(torch.split(image, rows, dim=-2), torch.split(out, rows, dim=-2), strict=True):
+            if source.shape[-2] != rows:
+                strip = _Strip(source.shape[-2] * width, image.dtype)
+            target.copy_(strip.shifted(source, change).view(source.shape))
+
+
+class _Memory(threading.local):
+    """What each thread keeps, as fresh memory costs as much as the arithmetic: that of the largest strip, 4.5 MB."""
+
+    def __init__(self) -> None:
+        self._kept: dict[torch.dtype, Tensor] = {}
+
+    # Tensors made in inference mode could not be written to later.
+    @torch.inference_mode(False)
+    def of(self, rows: int, pixels: int, dtype: torch.dtype) -> Tensor:
+        """Of this shape, with what was there before."""
+        size = rows * pixels
+        kept = self._kept.get(dtype)
+        if kept is None or len(kept) < size:
+            kept = torch.empty(size, dtype=dtype, device="cpu")
+            # Of a row that is longer than a strip, it is not.
+            if pixels <= _STRIP_PIXELS:
+                self._kept[dtype] = kept
+        return kept[:size].view(rows, pixels)
+
+
+_memory = _Memory()
 
 
 class _Strip:
@@ -68,13 +94,13 @@ class _Strip:
 
     def __init__(self, pixels: int, dtype: torch.dtype) -> None:
         self.is_bytes = dtype == torch.uint8
-        self.index = torch.empty(pixels if self.is_bytes else 0, dtype=torch.int64, device="cpu")
+        self.index = _memory.of(1, pixels if self.is_bytes else 0, torch.int64)[0]
         # Three rows are of R, G and B, or of X, Z and Y: what moves at constant L* lies together.
-        self.linear, self.xzy = (torch.empty(3, pixels, dtype=torch.float32, device="cpu") for _ in range(2))
-        self.f_and_one = torch.ones(4, pixels, dtype=torch.float32, device="cpu")
+        self.linear, self.xzy, self.f_and_one, self.terms = _memory.of(15, pixels, torch.float32).split_with_sizes(
+            (3, 3, 4, 5)
+        )
         self.f = self.f_and_one[:3]
-        # Those of a Change.
-        self.terms = torch.empty(5, pixels, dtype=torch.float32, device="cpu")
+        self.f_and_one[3] = 1
 
     def shifted(self, image: Tensor, change: Change) -> Tensor:
         """An image (3, H, W), shifted: (3, H W), of uint8 as int32."""
