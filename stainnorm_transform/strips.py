@@ -136,7 +136,8 @@ class _Strip:
         if dark:
             self.f.add_(below, alpha=cie.KAPPA / 116)
 
-        _multiply(torch.tensor([part or Linear() for part in change], device="cpu"), self.f_and_one, self.terms)
+        weights = torch.tensor([part or Linear() for part in change], dtype=torch.float32, device="cpu")
+        _multiply(weights, self.f_and_one, self.terms)
         step, below_white, above_black = self.terms[2:].unbind()
         share = torch.minimum(below_white, above_black.clamp_(0, 1), out=below_white).clamp_(min=0)
         self.terms[:2].mul_(share)
