@@ -114,7 +114,8 @@ def shift_ab(image: Tensor, shift: Tensor, preserve_white: bool = True, darkness
         raise ValueError(f"expected darkness of shape () or {tuple(leading)}, got {tuple(darkness.shape)}")
 
     given = [value for value in (shift, darkness) if value is not None]
-    if eager_on_cpu(image, *given) and not all(value.isfinite().all() for value in given):
+    is_on_cpu = eager_on_cpu(image, *given)
+    if is_on_cpu and not all(value.isfinite().all() for value in given):
         raise ValueError(
             f"expected a finite shift and darkness, got {', '.join(str(value.tolist()) for value in given)}"
         )
@@ -124,7 +125,7 @@ def shift_ab(image: Tensor, shift: Tensor, preserve_white: bool = True, darkness
     if darkness is not None:
         rows.append(darkness.to(image.device).clamp(max=_LARGEST).expand(leading))
     tracked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (image, *rows))
-    if eager_on_cpu(image, *rows) and not tracked:
+    if is_on_cpu and not tracked:
         return _on_cpu(image, preserve_white, *rows)
     if image.device.type == "cuda" and is_eager(image, *rows) and not tracked:
         return _on_cuda(image, preserve_white, *rows)
@@ -150,7 +151,7 @@ def _on_cpu(image: Tensor, preserve_white: bool, *rows: Tensor) -> Tensor:
         if _unmoved(image[place], *here):
             out[place] = image[place]
         elif image.dtype == torch.float64:
-            for strip, target in _strips(image[place], out[place], max(1, _STRIP_PIXELS // image.shape[-1])):
+            for strip, target in strips.split(image[place], out[place], max(1, _STRIP_PIXELS // image.shape[-1])):
                 target.copy_(shift_batch(strip, preserve_white, *here))
         else:
             strips.shift(image[place], out[place], _change(preserve_white, *here))
@@ -183,13 +184,9 @@ def _on_cuda(image: Tensor, preserve_white: bool, *rows: Tensor) -> Tensor:
     out = torch.empty_like(image)
     pixels = math.prod(image.shape[:-3]) * image.shape[-1]
     unmoved = _unmoved(image, *rows)
-    for strip, target in _strips(image, out, max(1, _CUDA_STRIP_PIXELS // max(1, pixels))):
+    for strip, target in strips.split(image, out, max(1, _CUDA_STRIP_PIXELS // max(1, pixels))):
         target.copy_(torch.where(unmoved, strip, shift_batch(strip, preserve_white, *rows)))
     return out
-
-
-def _strips(image: Tensor, out: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(torch.split(image, rows, dim=-2), torch.split(out, rows, dim=-2), strict=True)
 
 
 def _at_once(preserve_white: bool, image: Tensor, *rows: Tensor) -> Tensor:
@@ -282,7 +279,7 @@ def look_up(image: Tensor, table: Tensor) -> Tensor:
     index = torch.empty(rows, image.shape[-1], dtype=torch.int32, device=image.device)
     colors = torch.empty_like(index)
     for place in itertools.product(*map(range, image.shape[:-3])):
-        for strip, target in _strips(image[place], out[place], rows):
+        for strip, target in strips.split(image[place], out[place], rows):
             height = strip.shape[-2]
             _pack(strip, index[:height])
             packed = colors[:height]

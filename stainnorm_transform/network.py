@@ -181,20 +181,28 @@ class FrozenColorNormNet(nn.Module):
         return convolve(of_layers[0], self.head_weight, self.head_bias)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        # States of version 0.1.0 are those of a ColorNormNet. What is not quite one is left, and told as unexpected.
-        with torch.device("meta"):
-            expected = {name: tensor.shape for name, tensor in ColorNormNet().state_dict().items()}
-        # How many batches were seen, which was not kept, does not matter.
-        state = {name: state_dict.get(prefix + name) for name in expected if not name.endswith("num_batches_tracked")}
-        if all(tensor is not None and tensor.shape == expected[name] for name, tensor in state.items()):
-            for name in expected:
-                state_dict.pop(prefix + name, None)
-            folded = _folded({name: tensor for name, tensor in state.items() if tensor is not None})
-            state_dict.update({prefix + name: tensor for name, tensor in folded.items()})
+        if f"{prefix}stem.weight" in state_dict:
+            _fold_old_state(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)
         for name, tensor in self.named_buffers():
             # With assign=True the buffers are the state's own tensors: of its dtype, and perhaps parameters.
             setattr(self, name, tensor.detach().float())
+
+
+def _fold_old_state(state_dict: dict[str, Any], prefix: str) -> None:
+    """Makes the state of a ColorNormNet, as version 0.1.0 had it, that of a FrozenColorNormNet.
+
+    What is not quite one is left, and told as unexpected.
+    """
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in ColorNormNet().state_dict().items()}
+    # How many batches were seen, which was not kept, does not matter.
+    state = {name: state_dict.get(prefix + name) for name in expected if not name.endswith("num_batches_tracked")}
+    if all(tensor is not None and tensor.shape == expected[name] for name, tensor in state.items()):
+        for name in expected:
+            state_dict.pop(prefix + name, None)
+        folded = _folded({name: tensor for name, tensor in state.items() if tensor is not None})
+        state_dict.update({prefix + name: tensor for name, tensor in folded.items()})
 
 
 class _Surroundings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -58,12 +59,18 @@ def shift(image: Tensor, out: Tensor, change: Change) -> None:
     height, width = image.shape[-2:]
     rows = min(max(1, _STRIP_PIXELS // width), height)
     strip = _Strip(rows * width, image.dtype)
+    weights = torch.tensor([part or Linear() for part in change], dtype=torch.float32, device="cpu")
     # Each call then takes less.
     with torch.inference_mode():
-        for source, target in zip(torch.split(image, rows, dim=-2), torch.split(out, rows, dim=-2), strict=True):
+        for source, target in split(image, out, rows):
             if source.shape[-2] != rows:
                 strip = _Strip(source.shape[-2] * width, image.dtype)
-            target.copy_(strip.shifted(source, change).view(source.shape))
+            target.copy_(strip.shifted(source, weights, change.to_y is not None).view(source.shape))
+
+
+def split(image: Tensor, out: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """An image and its result, in strips of so many rows."""
+    return zip(torch.split(image, rows, dim=-2), torch.split(out, rows, dim=-2), strict=True)
 
 
 class _Memory(threading.local):
@@ -102,15 +109,15 @@ class _Strip:
         self.f = self.f_and_one[:3]
         self.f_and_one[3] = 1
 
-    def shifted(self, image: Tensor, change: Change) -> Tensor:
-        """An image (3, H, W), shifted: (3, H W), of uint8 as int32."""
+    def shifted(self, image: Tensor, weights: Tensor, darker: bool) -> Tensor:
+        """An image (3, H, W), shifted by a Change, (5, 4), that moves L* or not: (3, H W), of uint8 as int32."""
         if self.is_bytes:
             levels, steps = _tables()
             self._look_up(levels, self.xzy.view(torch.int32).view(image.shape).copy_(image), self.linear)
         else:
             self.xzy.view(image.shape).copy_(image).clamp_(0, 1)
             cie.decode(self.xzy, out=self.linear, spare=self.xzy)
-        self._move(change)
+        self._move(weights, darker)
         if not self.is_bytes:
             return cie.encode(self.linear, out=self.xzy, spare=self.linear).clamp_(0, 1)
         bins = self.terms[:3].view(torch.int32).copy_(self.linear.clamp_(0, _BINS))
@@ -123,7 +130,7 @@ class _Strip:
         for of_channel, channel in zip(index, out, strict=True):
             torch.index_select(table, 0, self.index.copy_(of_channel.view(-1)), out=channel)
 
-    def _move(self, change: Change) -> None:
+    def _move(self, weights: Tensor, darker: bool) -> None:
         """Moves ``linear``, which is not clamped."""
         to_xzy, from_xzy = _matrices(_BINS if self.is_bytes else 1)
         _multiply(to_xzy, self.linear, self.xzy)
@@ -136,16 +143,15 @@ class _Strip:
         if dark:
             self.f.add_(below, alpha=cie.KAPPA / 116)
 
-        weights = torch.tensor([part or Linear() for part in change], dtype=torch.float32, device="cpu")
         _multiply(weights, self.f_and_one, self.terms)
         step, below_white, above_black = self.terms[2:].unbind()
         share = torch.minimum(below_white, above_black.clamp_(0, 1), out=below_white).clamp_(min=0)
         self.terms[:2].mul_(share)
-        if change.to_y is not None:
+        if darker:
             f_y = self.f[2]
             step.mul_(above_black).add_(f_y).clamp_(min=cie.F_BLACK).sub_(f_y)
             self.terms[:2].add_(step)
-        moving = 2 if change.to_y is None else 3
+        moving = 3 if darker else 2
         f, moved = self.f[:moving], self.terms[:moving]
         moved.add_(f)
         # As in kornia and scikit-image, f(Z) stops at 0.

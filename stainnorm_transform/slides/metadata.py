@@ -35,6 +35,11 @@ class Metadata(NamedTuple):
     icc_profile: bytes | None
 
 
+def plain_text(text: str, but: str) -> str:
+    """Printable ASCII, in which everything else, and the characters of ``but``, became question marks."""
+    return "".join(c if c.isascii() and c.isprintable() and c not in but else "?" for c in text)
+
+
 def of_openslide(slide: Any, icc_profile: bytes | None = None) -> Metadata:
     """The metadata of an open ``openslide.OpenSlide``; of the profile as the file has it, where that is known."""
     properties = slide.properties

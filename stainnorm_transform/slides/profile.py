@@ -12,9 +12,12 @@ from torch import Tensor, from_numpy
 from stainnorm_transform import __version__
 from stainnorm_transform.color import shift_ab
 from stainnorm_transform.files import one_line
+from stainnorm_transform.slides.metadata import plain_text
 from stainnorm_transform.slides.reader import Slide
 from stainnorm_transform.transform import NormalizeStain
 
+# What ends a title in a .cube.
+_QUOTE = '"'
 # Nodes a side of a table; between them colors are interpolated.
 GRID = 33
 # ICC.1:2001-04: an input profile from RGB to CIELAB of 16 bits, in which L* = 100 is 0xFF00 and a*, b* = 0 are 0x8000.
@@ -49,7 +52,7 @@ def color_profile(slide: Slide, normalize: NormalizeStain) -> bytes:
     identity = np.eye(3) * 0x10000
     matrix = struct.pack(">9i", *identity.astype(int).flatten().tolist())
     sizes = struct.pack(">4s4x4B", b"mft2", 3, 3, GRID, 0) + matrix + struct.pack(">2H", 2, 2)
-    title = f"{_ascii(normalize.target)}, stainnorm {__version__}".encode()
+    title = f"{plain_text(normalize.target, but=_QUOTE)}, stainnorm {__version__}".encode()
     white = struct.pack(">4s4x3i", b"XYZ ", *(round(value * 0x10000) for value in _D50))
     return _profile(
         {
@@ -63,7 +66,7 @@ def color_profile(slide: Slide, normalize: NormalizeStain) -> bytes:
 
 def color_cube(normalize: NormalizeStain) -> str:
     """The color map of a slide as a table of RGB in the .cube format: from stored to normalized colors, in [0, 1]."""
-    lines = [f'TITLE "{_ascii(normalize.target)}, stainnorm {__version__}"', f"LUT_3D_SIZE {GRID}"]
+    lines = [f'TITLE "{plain_text(normalize.target, but=_QUOTE)}, stainnorm {__version__}"', f"LUT_3D_SIZE {GRID}"]
     # Red varies fastest.
     moved = _moved(_nodes()[:, ::-1].copy(), normalize)
     lines += [" ".join(f"{value:.6f}" for value in color) for color in moved.tolist()]
@@ -95,8 +98,3 @@ def _profile(tags: dict[bytes, bytes]) -> bytes:
     header = struct.pack(">I4xI4s4s4s12x4s", size, _VERSION, b"scnr", b"RGB ", b"Lab ", b"acsp")
     header += bytes(64 - len(header)) + struct.pack(">I3i", 0, *(round(value * 0x10000) for value in _D50))
     return header + bytes(128 - len(header)) + directory + content
-
-
-def _ascii(text: str) -> str:
-    """What fits into a title."""
-    return "".join(c if c.isascii() and c.isprintable() and c != '"' else "?" for c in text)

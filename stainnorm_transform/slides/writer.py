@@ -17,7 +17,7 @@ from PIL import Image
 from stainnorm_transform import __version__
 from stainnorm_transform.color import TABLE_SIZE, shift_table
 from stainnorm_transform.resources import one_torch_thread
-from stainnorm_transform.slides.metadata import OME
+from stainnorm_transform.slides.metadata import OME, plain_text
 from stainnorm_transform.slides.pyramid import TILE, Pyramid, Recolor, encoder, subsampling
 from stainnorm_transform.slides.reader import Slide
 from stainnorm_transform.slides.tables import look_up_pixels, shift_pixels
@@ -211,7 +211,7 @@ def _provenance(normalize: NormalizeStain | None) -> dict[str, str]:
     """What was done to the colors, for the description."""
     if normalize is None or normalize.fixed_map is None:
         return {}
-    target = "".join(c if c.isascii() and c.isprintable() and c not in "|=;" else "?" for c in normalize.target)
+    target = plain_text(normalize.target, but="|=;")
     a, b = (" ".join(f"{value:.4f}" for value in row) for row in normalize.fixed_map.tolist())
     return {"Stain target": target, "Stain map a": a, "Stain map b": b}
 
