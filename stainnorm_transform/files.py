@@ -21,20 +21,25 @@ PREFIX, SUFFIX = ".stainnorm-", ".part"
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary path beside ``path``, renamed to ``path`` when the block ends and removed when it raises.
+    """Yields a temporary path beside ``path``, renamed to ``path`` when the block ends and removed when it raises."""
+    with temporary_beside(path) as temporary:
+        yield temporary
+        temporary.replace(path)
+
+
+@contextmanager
+def temporary_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a new file beside ``path``, which is removed at the end where it has not been renamed.
 
     Its suffix is none that anybody looks for. What killed processes left in the folder is removed, once.
     """
-    path = Path(path)
-    remove_leftovers(path.parent)
-    handle, temporary = _make(path.parent)
+    folder = Path(path).parent
+    remove_leftovers(folder)
+    handle, temporary = _make(folder)
     try:
         yield temporary
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     finally:
+        temporary.unlink(missing_ok=True)
         if fcntl:
             os.close(handle)
 

@@ -6,9 +6,10 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import cast
 
 import torch
@@ -19,7 +20,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from stainnorm_transform import __version__
 from stainnorm_transform.color import shift_ab
 from stainnorm_transform.estimate import map_of, offset_of, tissue_sums
-from stainnorm_transform.files import replacing
+from stainnorm_transform.files import temporary_beside
 from stainnorm_transform.folders import images
 from stainnorm_transform.folders.offsets import Offsets, Shift
 from stainnorm_transform.folders.outcome import FULL, Outcome
@@ -139,7 +140,7 @@ class FileNormalizer:
                 self._profile(source, slide, fixed, shift, output)
                 progress(total, total)
                 return None if tiles != 0 else _NO_TISSUE
-            with replacing(output) as temporary:
+            with temporary_beside(output) as temporary:
                 file_format = chosen.slide_format
                 write_slide(slide, temporary, fixed, file_format, threads, lambda pixels: progress(pixels, total))
                 how = _damage(len(slide.damaged))
@@ -159,10 +160,10 @@ class FileNormalizer:
         table = output.with_suffix(".cube")
         if os.path.lexists(table) and not self.record.has(output):
             raise ValueError(f"{table} would be written, which is there and was not made by this command: remove it")
-        with replacing(output) as temporary, replacing(table) as temporary_table:
+        with temporary_beside(output) as temporary, temporary_beside(table) as temporary_table:
             temporary.write_bytes(color_profile(slide, fixed))
             temporary_table.write_text(color_cube(fixed))
-            self._add(source, output, shift, temporary)
+            self._add(source, output, shift, temporary, beside={temporary_table: table})
 
     def _image(self, source: Source, path: Path, output: Path) -> str | None:
         if self.settings.slide_format.icc:
@@ -171,19 +172,28 @@ class FileNormalizer:
         if images.is_mask(image):
             return self._copied(source, path, output)
         content, shift = _normalized(self.transform, image, output.suffix, self._given(path))
-        with replacing(output) as temporary:
+        with temporary_beside(output) as temporary:
             temporary.write_bytes(content)
             self._add(source, output, shift, temporary)
         return None
 
     def _copied(self, source: Source, path: Path, output: Path) -> str:
-        with replacing(output) as temporary:
+        with temporary_beside(output) as temporary:
             shutil.copyfile(path, temporary)
             self._add(source, output, Shift.of_offset(0, 0), temporary)
         return _COPIED
 
-    def _add(self, source: Source, output: Path, shift: Shift, temporary: Path, how: str = "") -> None:
-        self.record.add(source, output, shift.offset.tolist(), shift.color_map.flatten().tolist(), temporary, how)
+    def _add(
+        self,
+        source: Source,
+        output: Path,
+        shift: Shift,
+        temporary: Path,
+        how: str = "",
+        beside: Mapping[Path, Path] = MappingProxyType({}),
+    ) -> None:
+        numbers = shift.offset.tolist(), shift.color_map.flatten().tolist()
+        self.record.add(source, output, *numbers, temporary, how, beside)
 
     def _given(self, path: Path) -> Shift | None:
         return None if self.settings.offsets is None else self.settings.offsets.of(path)

@@ -9,9 +9,9 @@ import math
 import os
 import stat
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 
 from stainnorm_transform.files import check_regular, locked, version
 
@@ -170,10 +170,12 @@ class Record:
         color_map: Iterable[float],
         temporary: Path,
         how: str = "",
+        beside: Mapping[Path, Path] = MappingProxyType({}),
     ) -> None:
-        """Adds the line of an image that lies in ``temporary`` and becomes ``output``, with what was taken away.
+        """Adds the line of an image that lies in ``temporary``, with what was taken away, and renames it to ``output``.
 
-        What only its making has shown of it, ``how``, is added to ``made_by``.
+        What only its making has shown of it, ``how``, is added to ``made_by``. Files ``beside`` it are renamed first.
+        Of several runs that make an image, the last line is that of the file that stays.
         """
         path, made_by, *state = source
         name = self._name(output)
@@ -181,6 +183,8 @@ class Record:
         line = [path, name, *numbers, made_by + how, *state, *_state(temporary)]
         with self.adding, locked(self.handle):
             self._append(line)
+            for made, final in {**beside, temporary: output}.items():
+                made.replace(final)
         self.lines[name] = line
 
     def offset(self, output: Path) -> tuple[float, float]:

@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from synthetic import make_tiles, rows, save
 from torchvision.transforms.v2.functional import to_pil_image
 
 from stainnorm_transform.cli.main import main
-from stainnorm_transform.folders import images, plan
+from stainnorm_transform.folders import images, plan, record
 
 
 def check_all_whole(out, tiles, normalize):
@@ -32,7 +33,7 @@ def test_after_a_kill_every_image_is_whole_and_the_next_run_does_the_rest(
     start, run, tmp_path, random_normalize, capsys, every, workers
 ):
     tiles, out = make_tiles(tmp_path / "in", 5 * every), tmp_path / "out"
-    for done, place in enumerate(("images.encode", "record.Record.add", "normalizer.Path.replace")):
+    for done, place in enumerate(("images.encode", "record.Record.add", "record.Path.replace")):
         killed = start(tmp_path / "in", f"--workers={workers}", stop=Stop(f"folders.{place}", every + 1))()
         assert killed.status == -signal.SIGKILL, killed
         written = sorted(path.name for path in out.glob("*.png"))
@@ -151,6 +152,25 @@ def test_two_runs_into_one_folder(start, run, tmp_path, random_normalize, capsys
     assert 30 <= len(rows(out)) <= 60
     assert run(tmp_path / "in") == 0
     assert "30 of them by an earlier run" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
+def test_of_two_runs_the_last_line_is_that_of_the_file_that_stays(run, tmp_path, monkeypatch):
+    """So no other run adds a line between that of an image and its renaming."""
+    import fcntl
+
+    make_tiles(tmp_path / "in", 2)
+    replace, renamed = record.Path.replace, []
+
+    def replace_and_look(temporary, output):
+        with (tmp_path / "out/offsets.csv").open("a") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        renamed.append(output.name)
+        return replace(temporary, output)
+
+    monkeypatch.setattr(record.Path, "replace", replace_and_look)
+    assert run(tmp_path / "in", options=["--workers=1"]) == 0
+    assert renamed == [row["output"] for row in rows(tmp_path / "out")]
 
 
 def test_what_another_run_makes_during_the_planning_is_no_file_of_others(run, tmp_path, monkeypatch, capsys):

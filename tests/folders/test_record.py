@@ -180,29 +180,31 @@ def test_the_record_is_no_way_to_other_files(run, tmp_path, capsys, kind):
 
 
 def test_the_last_of_two_runs_with_other_weights_counts(run, tmp_path, trained, random_network, monkeypatch, capsys):
-    """The other run gives its image the name between the line and the name of ours."""
+    """The other run makes the image while ours makes it, and ends first."""
     path = save(tmp_path / "a.png")
+    expected = NormalizeStain(random_network)(render_tile())
+    other_weights = ["--weights", str(tmp_path / "b.safetensors")]
     with torch.no_grad():
         random_network.head.bias += 0.1
     weights.save(random_network, tmp_path / "b.safetensors", TrainConfig(), target="b")
     add = record.Record.add
 
     def interrupted(self, *arguments):
-        add(self, *arguments)
         with monkeypatch.context() as patched:
             patched.setattr(record.Record, "add", add)
-            assert run(path, options=["--weights", str(tmp_path / "b.safetensors")]) == 0
+            assert run(path, options=other_weights) == 0
+        add(self, *arguments)
 
     with monkeypatch.context() as patched:
         patched.setattr(record.Record, "add", interrupted)
         assert run(path) == 0
+    assert len(rows(tmp_path / "out")) == 2
     capsys.readouterr()
-    # The file is ours, and the last line that of the other: neither takes it for its own.
-    assert run(path) == 2
+    assert run(path) == 0
+    assert "1 of them by an earlier run" in capsys.readouterr().out
+    assert run(path, options=other_weights) == 2
     assert "other weights" in capsys.readouterr().err
-    assert run(path, options=["--weights", str(tmp_path / "b.safetensors")]) == 0
-    assert "earlier" not in capsys.readouterr().out
-    assert torch.equal(read(tmp_path / "out/a.png"), NormalizeStain(random_network)(render_tile()))
+    assert torch.equal(read(tmp_path / "out/a.png"), expected)
 
 
 def test_an_input_that_changes_meanwhile_is_done_again(run, tmp_path, monkeypatch, capsys):
