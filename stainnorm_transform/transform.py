@@ -33,7 +33,7 @@ from stainnorm_transform.color import (
     shift_ab,
     shift_table,
 )
-from stainnorm_transform.eager import eager_on_cpu, is_eager
+from stainnorm_transform.eager import eager_on_cpu, is_eager, untracked
 from stainnorm_transform.estimate import map_of, mean_terms, offset_of, tissue_sums
 from stainnorm_transform.network import ColorNormNet, FrozenColorNormNet
 from stainnorm_transform.resources import safe_after_fork
@@ -198,7 +198,11 @@ class NormalizeStain(_ImageTransform):
     def _map_of(self, image: Tensor, dense: bool = False) -> Tensor:
         if self.fixed_map is not None:
             return self.fixed_map.repeat(*image.shape[:-3], 1, 1)
-        return map_of(tissue_sums(self.network, image, self.preserve_white, dense), self.slopes)
+
+        def estimate() -> Tensor:
+            return map_of(tissue_sums(self.network, image, self.preserve_white, dense), self.slopes)
+
+        return untracked(estimate, image, *self.network.buffers())
 
     @torch.no_grad()
     def for_slide(self, tiles: Any) -> NormalizeStain:

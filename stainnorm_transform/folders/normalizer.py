@@ -234,7 +234,7 @@ def _normalized(transform: NormalizeStain, image: Image.Image, suffix: str, shif
     colors = pil_to_tensor(image.convert("RGB")).to(device)
     seen = colors if image.mode == "RGB" else pil_to_tensor(images.flatten(image)).to(device)
     if shift is None:
-        with one_torch_thread(), torch.no_grad():
+        with one_torch_thread(), torch.inference_mode():
             sums = tissue_sums(transform.network, seen, transform.preserve_white)
         shift = _finite(Shift(offset_of(sums), map_of(sums, transform.slopes)))
     after = to_pil_image(shift_ab(colors, -shift.color_map, transform.preserve_white).cpu())

@@ -187,3 +187,14 @@ def test_nan_counts_as_glass(random_normalize):
     torch.testing.assert_close(random_normalize.estimate_offset(with_nan), random_normalize.estimate_offset(with_white))
     torch.testing.assert_close(random_normalize.estimate_map(with_nan), random_normalize.estimate_map(with_white))
     assert torch.equal(random_normalize(with_nan).isnan(), holes.expand(3, -1, -1))
+
+
+def test_a_map_that_was_estimated_without_gradients_can_be_used_with_them(tile, random_normalize):
+    color_map = random_normalize.estimate_map(tile)
+    factor = torch.ones(2, 4, requires_grad=True)
+    (color_map * factor).square().sum().backward()
+    torch.testing.assert_close(factor.grad, 2 * color_map**2)
+    color_map += 1
+    image = (tile / 255).requires_grad_()
+    (random_normalize.estimate_map(image) * factor).sum().backward()
+    assert image.grad.abs().sum() > 0
