@@ -45,7 +45,7 @@ SAMPLED_BLOCKS = 64
 PEER_BLOCKS = 16
 # Pixels of levels of half the size each, of those of the largest.
 ALL_LEVELS = 4 / 3
-FIRST = "transcode"
+FIRST = "transcode, decoded by OpenSlide"
 # What a process is said to hold at its peak may be what its parent held when it started it: let a small one do that.
 WATCH = """
 import resource, subprocess, sys
@@ -55,6 +55,23 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 IMPORTS = "import torch, torchvision"
 COMMAND = "import sys; from stainnorm_transform.cli.main import main; sys.exit(main())"
 Seconds = Callable[[], float]
+
+
+class SlideByOpenSlide(Slide):
+    """A slide whose pixels OpenSlide decodes, where Slide would decode its tiles directly."""
+
+    def __init__(self, path: Path) -> None:
+        import openslide
+
+        super().__init__(path)
+        self.opened = openslide.OpenSlide(path)
+
+    def pixels(self, x: int, y: int, width: int, height: int, level: int = 0) -> Pixels:
+        return np.asarray(self.opened.read_region((x, y), level, (width, height)))
+
+    def close(self) -> None:
+        super().close()
+        self.opened.close()
 
 
 class Methods:
@@ -74,9 +91,11 @@ class Methods:
         self.table = self.make_table()
         sampled = f"scaled from {len(self.blocks)} blocks of {BLOCK} x {BLOCK}"
         self.calls: dict[str, Seconds] = {
-            FIRST: lambda: self.to_file(FIRST, lambda: self.write(estimate=False)),
-            "normalize": lambda: self.to_file("normalize", lambda: self.write(estimate=True)),
-            "part: decode": self.decode,
+            FIRST: lambda: self.to_file(FIRST, lambda: self.transcode(SlideByOpenSlide)),
+            "transcode": lambda: self.to_file("transcode", lambda: self.transcode(Slide)),
+            "normalize": lambda: self.to_file("normalize", self.write),
+            "part: decode": lambda: self.decode(Slide),
+            "part: decode, by OpenSlide": lambda: self.decode(SlideByOpenSlide),
             f"part: estimate, from {tiles} tiles": self.estimate,
             "part: make the table": lambda: clock(self.make_table),
             f"part: look up, {sampled}": self.look_up,
@@ -105,13 +124,17 @@ class Methods:
         self.out.unlink()
         return seconds
 
-    def write(self, estimate: bool) -> None:
+    def write(self) -> None:
         with Slide(self.path) as slide:
-            fixed = slide_normalizer(slide, self.normalize, self.threads).normalize if estimate else None
+            fixed = slide_normalizer(slide, self.normalize, self.threads).normalize
             write_slide(slide, self.out, fixed, FORMAT, self.threads)
 
-    def decode(self) -> float:
-        with Slide(self.path) as slide:
+    def transcode(self, kind: type[Slide]) -> None:
+        with kind(self.path) as slide:
+            write_slide(slide, self.out, None, FORMAT, self.threads)
+
+    def decode(self, kind: type[Slide]) -> float:
+        with kind(self.path) as slide:
             return clock(lambda: self.for_all(partial(self.block, slide), corners(self.width, self.height, BLOCK)))
 
     def estimate(self) -> float:

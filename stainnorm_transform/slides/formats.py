@@ -181,16 +181,19 @@ def _open(path: Path, skip_damaged: bool) -> Reader:
             pages = _pages(file)
             if vendor not in (None, "generic-tiff"):
                 icc_profile = _check_vendor_tiff(pages)
+                direct = file if vendor == "aperio" else None
                 try:
-                    return OpenSlideReader(path, icc_profile, skip_damaged)
+                    reader = OpenSlideReader(path, icc_profile, skip_damaged, direct)
+                    is_used = direct is not None
+                    return reader
                 except openslide.OpenSlideError as error:
                     # The tiles of this format lie side by side as in any TIFF.
                     if vendor != "aperio" or not _unsupported(error):
                         raise
             _check_end(file)
-            reader = TiffReader(file, skip_damaged)
+            tiff_reader = TiffReader(file, skip_damaged)
             is_used = True
-            return reader
+            return tiff_reader
     finally:
         if not is_used:
             file.close()

@@ -65,6 +65,7 @@ class NormalizedSlide(openslide.AbstractSlide):
         # Regions are on the CPU.
         self.normalize = found.normalize.with_map(cast(Tensor, found.normalize.fixed_map)).cpu()
         self.tiles = found.tiles
+        self._is_moved = bool(cast(Tensor, self.normalize.fixed_map).any())
         self._offset = found.offset.tolist()
 
     @classmethod
@@ -163,13 +164,12 @@ class NormalizedSlide(openslide.AbstractSlide):
 
     def _normalized(self, pixels: Pixels) -> Pixels:
         normalize = self.normalize
-        color_map = cast(Tensor, normalize.fixed_map)
-        if not color_map.any():
+        if not self._is_moved:
             return pixels.copy()
         is_large = math.prod(self.dimensions) >= TABLE_SIZE
         table = normalize.table_for(TABLE_SIZE if is_large else pixels.size // 4)
         if table is None:
-            return shift_pixels(pixels, -color_map, normalize.preserve_white)
+            return shift_pixels(pixels, -cast(Tensor, normalize.fixed_map), normalize.preserve_white)
         return look_up_pixels(np.ascontiguousarray(pixels), table.numpy())
 
     def _clear_outside(self, pixels: Pixels, location: tuple[int, int], level: int) -> None:

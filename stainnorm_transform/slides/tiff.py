@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from typing import Any
 
@@ -71,18 +72,7 @@ class TiffReader:
         """RGBA (height, width, 4) at (x, y), in pixels of level 0; what was not scanned is transparent."""
         scale, size = self.level_downsamples[level], self.level_dimensions[level]
         left, top, columns, rows = self._turn.stored((round(x / scale), round(y / scale), width, height), size)
-        out = np.zeros((rows, columns, 4), np.uint8)
-        for tile in self._levels[level].touched(left, top, columns, rows):
-            pixels = self._tile(level, *tile)
-            if pixels is None:
-                continue
-            tile_left, tile_top, wide, high = self._levels[level].place(*tile)
-            x0, x1 = max(left, tile_left), min(left + columns, tile_left + wide)
-            y0, y1 = max(top, tile_top), min(top + rows, tile_top + high)
-            part = pixels[y0 - tile_top : y1 - tile_top, x0 - tile_left : x1 - tile_left]
-            place = out[y0 - top : y1 - top, x0 - left : x1 - left]
-            place[..., 3] = 255
-            place[..., : part.shape[2]] = part
+        out = self._levels[level].region(left, top, columns, rows, functools.partial(self._tile, level))
         return self._turn.show(out)
 
     def associated_images(self) -> dict[str, Image.Image]:

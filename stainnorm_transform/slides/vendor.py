@@ -1,8 +1,9 @@
-"""Regions of slides in the formats of scanners, by OpenSlide."""
+"""Regions of slides in the formats of scanners, by OpenSlide, or, where it is the same, by tifffile."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ from PIL import Image
 
 from stainnorm_transform.slides.metadata import of_openslide
 from stainnorm_transform.slides.tables import Pixels
+from stainnorm_transform.slides.tiff_tiles import Level
 
 # Bytes of decoded tiles that OpenSlide keeps: enough for those that neighboring blocks share.
 _CACHE = 8 << 20
 # A region that is damaged is read in parts, and only the damaged ones are skipped. They are the tiles of the slide, or,
 # where it does not tell their size, of this side.
 _PART = 256
+# None, LZW, JPEG, Deflate (twice), JPEG 2000 in RGB: of these OpenSlide and imagecodecs make the same pixels.
+_SAME_DECODERS = frozenset({1, 5, 7, 8, 32946, 33005})
 
 
 class OpenSlideReader:
@@ -26,6 +30,8 @@ class OpenSlideReader:
         path: of the slide.
         icc_profile: of its colors, if it is known better.
         skip_damaged: whether damaged parts are left transparent and listed, instead of an error.
+        tiff: the open ``tifffile.TiffFile`` of a slide whose tiles lie side by side. They are decoded directly, where
+            OpenSlide would give the same pixels in four times the time. It is closed with the reader.
 
     Attributes:
         level_dimensions: (width, height) of each level in pixels, the largest first.
@@ -37,7 +43,9 @@ class OpenSlideReader:
 
     is_plain = False
 
-    def __init__(self, path: Path, icc_profile: bytes | None = None, skip_damaged: bool = False) -> None:
+    def __init__(
+        self, path: Path, icc_profile: bytes | None = None, skip_damaged: bool = False, tiff: Any = None
+    ) -> None:
         self._path = path
         self._skip_damaged = skip_damaged
         self._skipped: set[tuple[int, int]] = set()
@@ -49,9 +57,14 @@ class OpenSlideReader:
         self.metadata = of_openslide(self._slide, icc_profile)
         self.properties: dict[str, str] = dict(self._slide.properties)
         self._parts = [self._part(level) for level in range(len(self.level_dimensions))]
+        self._tiff = tiff
+        self._levels = [] if tiff is None else _regular_levels(tiff, self.level_dimensions)
 
     def close(self) -> None:
         """Closes the files."""
+        self._levels = []
+        if self._tiff is not None:
+            self._tiff.close()
         self._slide.close()
         for slide in self._by_thread.values():
             slide.close()
@@ -65,6 +78,8 @@ class OpenSlideReader:
 
     def region(self, x: int, y: int, width: int, height: int, level: int) -> Pixels:
         """RGBA (height, width, 4) at (x, y), in pixels of level 0; what was not scanned is transparent."""
+        if (pixels := self._directly(x, y, width, height, level)) is not None:
+            return pixels
         if not self._skip_damaged:
             return np.asarray(self._slide.read_region((x, y), level, (width, height)))
         if (pixels := self._read(x, y, width, height, level)) is not None:
@@ -87,6 +102,19 @@ class OpenSlideReader:
     def associated_images(self) -> dict[str, Image.Image]:
         """Label, whole glass (macro) and thumbnail, by name."""
         return dict(self._slide.associated_images)
+
+    def _directly(self, x: int, y: int, width: int, height: int, level: int) -> Pixels | None:
+        """A region by its tiles, or None where it takes OpenSlide, as what is damaged does."""
+        left, top = x / self.level_downsamples[level], y / self.level_downsamples[level]
+        # Between pixels, OpenSlide interpolates.
+        if not self._levels or not (left.is_integer() and top.is_integer()):
+            return None
+        try:
+            return self._levels[level].region(int(left), int(top), width, height)
+        except MemoryError:
+            raise
+        except Exception:
+            return None
 
     def _part(self, level: int) -> tuple[int, int]:
         """Width and height of the tiles of a level."""
@@ -112,6 +140,25 @@ class OpenSlideReader:
                 del self._by_thread[thread]
             slide.close()
             return None
+
+
+def _regular_levels(file: Any, sizes: Sequence[tuple[int, int]]) -> list[Level]:
+    """The tiles of each level, by the sizes of OpenSlide's; none if they are not all there, in RGB and side by side."""
+    tiled = [page.aspage() for page in file.pages if page.is_tiled]
+    lock = threading.Lock()
+    levels = []
+    for size in sizes:
+        pages = [page for page in tiled if (page.imagewidth, page.imagelength) == size]
+        if len(pages) != 1 or pages[0].samplesperpixel != 3 or pages[0].compression not in _SAME_DECODERS:
+            return []
+        # OpenSlide shows a smaller level where a tile is missing.
+        if not all(pages[0].databytecounts) or not all(pages[0].dataoffsets):
+            return []
+        try:
+            levels.append(Level(file, pages, lock))
+        except ValueError:
+            return []
+    return levels
 
 
 def _open(path: Path) -> Any:

@@ -6,6 +6,8 @@ import openslide
 import pytest
 import tifffile
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageCms
 from synthetic import damage, make_slide, on_glass, swapped_profile, tissue, write_ome
 
@@ -33,6 +35,51 @@ def test_regions_are_the_pixels_of_the_slide(slide_path, pixels):
         # Across borders of its tiles.
         assert np.array_equal(slide.read(470, 230, 300, 270).permute(1, 2, 0).numpy(), pixels[230:500, 470:770])
         assert slide.read(0, 0, 375, 275, level=1).shape == (3, 275, 375)
+
+
+@pytest.mark.parametrize(
+    ("compression", "options", "tolerance"),
+    [
+        (None, {"tile": (256, 256)}, 0),
+        ("zlib", {}, 0),
+        ("lzw", {"predictor": True}, 0),
+        ("jpeg", {"subsampling": (1, 1)}, 1),
+        ("jpeg", {"subsampling": (2, 2)}, 1),
+        ("aperio_jp2000_rgb", {}, 0),
+    ],
+)
+def test_aperios_tiles_are_decoded_directly_as_openslide_would(tmp_path, pixels, compression, options, tolerance):
+    path = make_slide(tmp_path / "a.svs", pixels[:1097, :1499], levels=(2, 8), compression=compression, **options)
+
+    @settings(max_examples=40, deadline=None)
+    @given(data=st.data())
+    def check(data):
+        level = data.draw(st.sampled_from([0, 1, 2]))
+        x, y = (data.draw(st.integers(-300, 1600)) for _ in range(2))
+        size = data.draw(st.integers(1, 600)), data.draw(st.integers(1, 600))
+        expected = np.asarray(reference.read_region((x, y), level, size)).astype(int)
+        out = slide.pixels(x, y, *size, level)
+        seen = expected[..., 3] == 255
+        assert (np.abs(out - expected)[seen][..., :3] <= tolerance).all()
+        assert (out[expected[..., 3] == 0] == 255).all()
+
+    with Slide(path) as slide, openslide.OpenSlide(path) as reference:
+        assert len(slide._reader._levels) == 3
+        check()
+
+
+def test_a_missing_tile_is_left_to_openslide(tmp_path, pixels):
+    """Which shows a smaller level there, or nothing."""
+    path = make_slide(tmp_path / "a.svs", pixels, levels=(4,))
+    with tifffile.TiffFile(path, mode="r+") as file:
+        counts = file.pages[0].tags["TileByteCounts"]
+        counts.overwrite([0, *counts.value[1:]])
+    with Slide(path) as slide, openslide.OpenSlide(path) as reference:
+        assert not slide._reader._levels
+        expected = np.asarray(reference.read_region((0, 0), 0, (500, 500)).convert("RGBA"))
+        out = slide.pixels(0, 0, 500, 500)
+    seen = expected[..., 3] == 255
+    assert np.array_equal(out[seen], expected[seen])
 
 
 def test_outside_of_the_slide_is_white(slide_path, pixels):
