@@ -66,7 +66,7 @@ class NormalizedSlide(openslide.AbstractSlide):
         self.normalize = found.normalize.with_map(cast(Tensor, found.normalize.fixed_map)).cpu()
         self.tiles = found.tiles
         self._is_moved = bool(cast(Tensor, self.normalize.fixed_map).any())
-        self._offset = found.offset.tolist()
+        self._properties = self._described(found.offset)
 
     @classmethod
     def detect_format(cls, filename: Any) -> str | None:
@@ -107,6 +107,9 @@ class NormalizedSlide(openslide.AbstractSlide):
     @property
     def properties(self) -> Mapping[str, str]:
         """Those of the slide, which may tell who the patient is, and those of its map, as ``stainnorm.*``."""
+        return MappingProxyType(self._properties)
+
+    def _described(self, offset: Tensor) -> dict[str, str]:
         properties = {
             "openslide.level-count": str(self.level_count),
             "openslide.background-color": "".join(f"{value:02X}" for value in self._slide.background[:3]),
@@ -126,11 +129,11 @@ class NormalizedSlide(openslide.AbstractSlide):
         properties |= self._slide.properties
         a, b = (" ".join(f"{value:.9g}" for value in row) for row in cast(Tensor, self.normalize.fixed_map).tolist())
         properties |= {"stainnorm.target": self.normalize.target, "stainnorm.map-a": a, "stainnorm.map-b": b}
-        for name, value in zip("ab", self._offset, strict=True):
+        for name, value in zip("ab", offset.tolist(), strict=True):
             properties[f"stainnorm.offset-{name}"] = f"{value:.9g}"
         if self.tiles is not None:
             properties["stainnorm.tiles"] = str(self.tiles)
-        return MappingProxyType(properties)
+        return properties
 
     @property
     def associated_images(self) -> Mapping[str, Image.Image]:
