@@ -134,8 +134,8 @@ class FileNormalizer:
                 if chosen.slide_format.icc:
                     raise ValueError("few flat colors, as in a label mask, whose colors are not those of a stain")
                 return self._copied(source, path, output)
-            fixed, offset, tiles = slide_normalizer(slide, transform, threads)
-            shift = given or Shift(offset, cast(Tensor, fixed.fixed_map))
+            fixed, offset, tiles, error = slide_normalizer(slide, transform, threads)
+            shift = given or Shift(offset, cast(Tensor, fixed.fixed_map), tiles, error)
             if chosen.slide_format.icc:
                 self._profile(source, slide, fixed, shift, output)
                 progress(total, total)
@@ -193,7 +193,7 @@ class FileNormalizer:
         beside: Mapping[Path, Path] = MappingProxyType({}),
     ) -> None:
         numbers = shift.offset.tolist(), shift.color_map.flatten().tolist()
-        self.record.add(source, output, *numbers, temporary, how, beside)
+        self.record.add(source, output, *numbers, temporary, how, shift.tiles, shift.standard_error, beside)
 
     def _given(self, path: Path) -> Shift | None:
         return None if self.settings.offsets is None else self.settings.offsets.of(path)
@@ -236,7 +236,7 @@ def _normalized(transform: NormalizeStain, image: Image.Image, suffix: str, shif
     if shift is None:
         with one_torch_thread(), torch.inference_mode():
             sums = tissue_sums(transform.network, seen, transform.preserve_white)
-        shift = _finite(Shift(offset_of(sums), map_of(sums, transform.slopes)))
+        shift = _finite(Shift(offset_of(sums), map_of(sums, transform.slopes), int(sums[0, 0] > 0)))
     after = to_pil_image(shift_ab(colors, -shift.color_map, transform.preserve_white).cpu())
     if image.mode == "RGBA":
         after.putalpha(image.getchannel("A"))

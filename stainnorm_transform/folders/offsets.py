@@ -23,10 +23,14 @@ class Shift(NamedTuple):
     Attributes:
         offset: from the mean color of its tissue, (2,): a*, b* in Lab units.
         color_map: the map (2, 4), see ``color.shift_ab``.
+        tiles: how many tiles with tissue it was estimated from, 1 or 0 for an image; None where it was not estimated.
+        standard_error: of the offset of a slide, in Lab units; None where it has none.
     """
 
     offset: Tensor
     color_map: Tensor
+    tiles: int | None = None
+    standard_error: float | None = None
 
     @classmethod
     def of_offset(cls, a: float, b: float) -> Shift:

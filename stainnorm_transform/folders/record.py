@@ -19,12 +19,16 @@ NAME = "offsets.csv"
 # The color map, by rows: for a* and for b* the offset of a usual color of tissue, and how it differs 20 units of L*, a*
 # and b* away.
 MAP_FIELDS = ("map_a", "map_a_by_l", "map_a_by_a", "map_a_by_b", "map_b", "map_b_by_l", "map_b_by_a", "map_b_by_b")
+# What the map was estimated from: how many tiles with tissue (of an image 1, or 0 without tissue), and the standard error
+# of the offset in Lab units. Both are empty where nothing was estimated; of an image there is no standard error.
+BASIS_FIELDS = ("tiles", "standard_error")
 FIELDS = (
     "input",
     "output",
     "offset_a",
     "offset_b",
     *MAP_FIELDS,
+    *BASIS_FIELDS,
     "made_by",
     "input_bytes",
     "input_mtime_ns",
@@ -33,7 +37,7 @@ FIELDS = (
 )
 _MADE_BY = FIELDS.index("made_by")
 # Of version 0.1.0.
-_HEADER_OF_OFFSETS = ",".join(name for name in FIELDS if name not in MAP_FIELDS)
+_HEADER_OF_OFFSETS = ",".join(name for name in FIELDS if name not in MAP_FIELDS + BASIS_FIELDS)
 Source = tuple[str, str, str, str]
 # Before the number of damaged parts of a slide that became white, at the end of ``made_by``.
 DAMAGED = "damaged"
@@ -170,16 +174,20 @@ class Record:
         color_map: Iterable[float],
         temporary: Path,
         how: str = "",
+        tiles: int | None = None,
+        standard_error: float | None = None,
         beside: Mapping[Path, Path] = MappingProxyType({}),
     ) -> None:
         """Adds the line of an image that lies in ``temporary``, with what was taken away, and renames it to ``output``.
 
-        What only its making has shown of it, ``how``, is added to ``made_by``. Files ``beside`` it are renamed first.
-        Of several runs that make an image, the last line is that of the file that stays.
+        What only its making has shown of it, ``how``, is added to ``made_by``. ``tiles`` and ``standard_error`` say
+        what the map was estimated from. Files ``beside`` it are renamed first. Of several runs that make an image, the
+        last line is that of the file that stays.
         """
         path, made_by, *state = source
         name = self._name(output)
         numbers = [f"{value:.3f}" for value in offset] + [f"{value:.9g}" for value in color_map]
+        numbers += ["" if tiles is None else str(tiles), "" if standard_error is None else f"{standard_error:.3f}"]
         line = [path, name, *numbers, made_by + how, *state, *_state(temporary)]
         with self.adding, locked(self.handle):
             self._append(line)
@@ -191,6 +199,19 @@ class Record:
         """The (a*, b*) that was taken away from an image that was made."""
         line = self.lines[self._name(output)]
         return float(line[2]), float(line[3])
+
+    def color_map(self, output: Path) -> list[float]:
+        """The map that was taken away, by rows: see ``MAP_FIELDS``."""
+        return [float(text) for text in self._named(output, MAP_FIELDS)]
+
+    def basis(self, output: Path) -> tuple[int | None, float | None]:
+        """How many tiles with tissue a map was estimated from, and the standard error of its offset in Lab units."""
+        tiles, error = self._named(output, BASIS_FIELDS)
+        return int(tiles) if tiles.isdecimal() else None, float(error) if _is_number(error) else None
+
+    def _named(self, output: Path, fields: tuple[str, ...]) -> list[str]:
+        start = FIELDS.index(fields[0])
+        return self.lines[self._name(output)][start : start + len(fields)]
 
     def _name(self, output: Path) -> str:
         return output.relative_to(self.folder).as_posix()

@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stainnorm_transform.color import rgb_to_lab
-from stainnorm_transform.estimate import TISSUE_CHROMA, TISSUE_LIGHTNESS, map_of, offset_of, robust_sum, tissue_sums
+from stainnorm_transform.estimate import (
+    TISSUE_CHROMA,
+    TISSUE_LIGHTNESS,
+    map_of,
+    offset_of,
+    standard_error_of,
+    tissue_sums,
+    without_outliers,
+)
 from stainnorm_transform.resources import cores, in_order, one_torch_thread
 from stainnorm_transform.slides.reader import Slide
 from stainnorm_transform.transform import NormalizeStain
@@ -40,11 +48,13 @@ class SlideNormalizer(NamedTuple):
         offset: what it takes away from the mean color of the tissue, (2,) a*, b* in Lab units; of a map that was fixed
             before, from a usual color.
         tiles: how many tiles with tissue it is based on; None if the map was fixed before.
+        standard_error: of the offset, in Lab units, see ``estimate.standard_error_of``; None for fewer than two tiles.
     """
 
     normalize: NormalizeStain
     offset: Tensor
     tiles: int | None
+    standard_error: float | None
 
 
 def slide_normalizer(slide: Slide, normalize: NormalizeStain, threads: int | None = None) -> SlideNormalizer:
@@ -62,7 +72,7 @@ def slide_normalizer(slide: Slide, normalize: NormalizeStain, threads: int | Non
         The transform, which takes away nothing where no tissue was found, and what it is based on.
     """
     if normalize.fixed_map is not None:
-        return SlideNormalizer(normalize, normalize.fixed_map[:, 0], None)
+        return SlideNormalizer(normalize, normalize.fixed_map[:, 0], None, None)
     threads = threads or cores()
     side = sampled_side(slide)
     device = normalize.network.device
@@ -80,8 +90,11 @@ def slide_normalizer(slide: Slide, normalize: NormalizeStain, threads: int | Non
                 sums.append(found)
             if len(sums) == SAMPLED_TILES:
                 break
-    total = robust_sum(torch.stack(sums) if sums else torch.zeros(0, 6, 4, device=device))
-    return SlideNormalizer(normalize.with_map(map_of(total, normalize.slopes)), offset_of(total), len(sums))
+    counted = without_outliers(torch.stack(sums) if sums else torch.zeros(0, 6, 4, device=device))
+    total = counted.sum(dim=0)
+    fixed = normalize.with_map(map_of(total, normalize.slopes))
+    error = float(standard_error_of(counted)) if len(counted) > 1 else None
+    return SlideNormalizer(fixed, offset_of(total), len(counted), error)
 
 
 def sampled_side(slide: Slide) -> int:

@@ -402,7 +402,7 @@ def test_damaged_records(tmp_path_factory, data):
     path.write_bytes(b"in")
     output.write_bytes(b"out")
     header = ",".join(FIELDS).encode() + b"\n"
-    content = header + data.draw(damaged(b'/in.png,"out,\n.png",1,2,1,2,3,4,5,6,7,8,stainnorm,1,2,3,4\n')) * 2
+    content = header + data.draw(damaged(b'/in.png,"out,\n.png",1,2,1,2,3,4,5,6,7,8,9,0.5,stainnorm,1,2,3,4\n')) * 2
     (folder / "offsets.csv").write_bytes(content)
     try:
         with Record(folder, "test") as made:
