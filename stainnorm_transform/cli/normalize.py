@@ -16,7 +16,7 @@ from tqdm import tqdm
 from stainnorm_transform import weights
 from stainnorm_transform.cli.options import add_device, add_inputs, path_name
 from stainnorm_transform.files import printable, remove_leftovers
-from stainnorm_transform.folders import overview
+from stainnorm_transform.folders import overview, report
 from stainnorm_transform.folders.normalizer import FileNormalizer, Settings
 from stainnorm_transform.folders.offsets import Offsets
 from stainnorm_transform.folders.outcome import FULL, Outcome
@@ -88,6 +88,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--overview",
         action="store_true",
         help=f"also write DIR/overview.png: up to {overview.PAIRS} files before and after, evenly chosen",
+    )
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help=f"also write DIR/{report.NAME}, a page to look at, which loads nothing: every file before and after, a "
+        "plot and a table of the offsets, and which files to look at",
     )
     _add_slide_options(parser.add_argument_group("slides"))
     parser.set_defaults(run=run)
@@ -171,8 +177,10 @@ def run(options: argparse.Namespace) -> int:
     if options.icc and (options.overview or options.srgb):
         other = "--overview, which shows normalized files" if options.overview else "--srgb: the profile does that"
         raise ValueError(f"expected --icc without {other}")
-    reserved = [OVERVIEW] * options.overview + [MANIFEST] * options.ray
+    reserved = [OVERVIEW] * options.overview + [report.NAME] * options.report + [MANIFEST] * options.ray
     plan = make_plan(_settings(options), options.inputs, reserved, options.again)
+    if options.report:
+        report.check(plan.normalizer.settings.out)
     if options.ray:
         package()
         check_manifest(plan.normalizer.settings.out)
@@ -184,13 +192,16 @@ def run(options: argparse.Namespace) -> int:
         try:
             _carry_out(plan, outcomes, options)
         finally:
-            _report(plan, outcomes, options.out)
+            _summarize(plan, outcomes, options.out)
             if options.ray:
                 write_manifest(plan.normalizer.settings.out, plan.outputs, outcomes)
     good = {path: output for path, output in plan.outputs.items() if not outcomes[path].error}
-    if options.overview and good:
+    if options.overview or options.report:
         plan.normalizer.record.reread()
+    if options.overview and good:
         overview.write(good, plan.normalizer.record, plan.normalizer.settings.out / OVERVIEW)
+    if options.report:
+        _write_report(plan, outcomes, options.workers)
     return 1 if any(outcome.error for outcome in outcomes.values()) else 0
 
 
@@ -269,7 +280,7 @@ class _SlideBar:
         bar.update(pixels)
 
 
-def _report(plan: Plan, outcomes: Mapping[Path, Outcome], out: Path) -> None:
+def _summarize(plan: Plan, outcomes: Mapping[Path, Outcome], out: Path) -> None:
     good = [path for path in plan.outputs if path in outcomes and not outcomes[path].error]
     earlier = sum(outcomes[path].earlier for path in good)
     by_earlier = f", {earlier} of them by an earlier run" if earlier else ""
@@ -282,6 +293,13 @@ def _report(plan: Plan, outcomes: Mapping[Path, Outcome], out: Path) -> None:
     failed = [f"{path}: {outcome.error}" for path, outcome in outcomes.items() if outcome.error]
     if failed:
         print(f"{len(failed)} failed:", *map(printable, failed), sep="\n  ", file=sys.stderr)
+
+
+def _write_report(plan: Plan, outcomes: Mapping[Path, Outcome], workers: int | None) -> None:
+    with tqdm(total=len(plan.outputs), desc=report.NAME, unit="file", leave=False, disable=None) as bar:
+        missing = report.write(plan.normalizer, plan.outputs, outcomes, workers, bar.update)
+    for line in missing:
+        print(printable(f"no picture in the report: {line}"), file=sys.stderr)
 
 
 def _notes(notes: Mapping[Path, str]) -> Iterator[str]:

@@ -19,8 +19,8 @@ NAME = "offsets.csv"
 # The color map, by rows: for a* and for b* the offset of a usual color of tissue, and how it differs 20 units of L*, a*
 # and b* away.
 MAP_FIELDS = ("map_a", "map_a_by_l", "map_a_by_a", "map_a_by_b", "map_b", "map_b_by_l", "map_b_by_a", "map_b_by_b")
-# What the map was estimated from: how many tiles with tissue (of an image 1, or 0 without tissue), and the standard error
-# of the offset in Lab units. Both are empty where nothing was estimated; of an image there is no standard error.
+# What the map was estimated from: how many tiles with tissue (of an image 1, or 0 without tissue), and the standard
+# error of the offset in Lab units. Both are empty where nothing was estimated; an image has no standard error.
 BASIS_FIELDS = ("tiles", "standard_error")
 FIELDS = (
     "input",
