@@ -36,10 +36,10 @@ FLAGS = {
     "few tiles": f"The color map of the slide rests on fewer than {FEW_TILES} tiles with tissue, of 128 µm a side, so "
     "it may be off by a few Lab units. If the colors look wrong, take the offset of a similar slide, by --offset.",
     "tiles disagree": f"The standard error of the offset, by its tiles, is above {LARGE_ERROR:g} Lab unit: parts of "
-    "the slide differ in color. Look for pen, folds, blood, several stains or kinds of tissue on it, or an immunostain.",
+    "the slide differ in color. Look for pen, folds, blood, several stains or kinds of tissue, or an immunostain.",
     "far": f"The offset is more than {FAR:g} Lab units from the median of its folder, and more than {FAR_SPREAD:g} "
-    f"times as far as is usual there (only in folders of {FOLDER_FILES} files or more). It may come from another lab or "
-    "scanner, be another stain, or have pen or blood on it. If it looks right, nothing needs to be done.",
+    f"times as far as is usual there (only in folders of {FOLDER_FILES} files or more). It may come from another lab "
+    "or scanner, be another stain, or have pen or blood on it. If it looks right, nothing needs to be done.",
 }
 
 

@@ -16,7 +16,8 @@
     return element;
   }
   const signed = (value) => (value < 0 ? "\u2212" : "+") + Math.abs(value).toFixed(1);
-  const isolated = (text) => make("bdi", {}, text);
+  /** A name, which may be written from right to left, and may break after a folder or a word. */
+  const isolated = (text) => make("bdi", {}, ...text.split(/(?<=[/_])/).flatMap((part) => [part, make("wbr")]));
 
   // --- the figures of each file
 
@@ -71,7 +72,7 @@
       return make("td", column.number ? { class: "number" } : {}, value == null ? NONE : column.show ? column.show(value) : value);
     })));
   function said(file) {
-    return file.message ? [make("div", {}, isolated(file.message))] : [];
+    return file.message ? [make("p", {}, isolated(file.message))] : [];
   }
 
   const sorting = { column: null, descending: false };
@@ -83,7 +84,7 @@
       sorting.column = column;
       for (const other of heads) other.removeAttribute("aria-sort");
       head.setAttribute("aria-sort", sorting.descending ? "descending" : "ascending");
-      update();
+      order();
     });
     return head;
   });
@@ -99,7 +100,7 @@
 
   const cards = files.map((file, index) => {
     const head = make("h3", { id: `name-${index}`, tabindex: -1 }, isolated(file.name));
-    const figures = [make("p", {}, described(file) + (file.tiles === null ? "" : `, ${counted(file)}`))];
+    const figures = [make("p", {}, described(file) + counted(file))];
     if (file.flags.length) figures.push(make("p", {}, ...flagsOf(file)));
     const card = make("article", { class: "card", id: `file-${index}`, "aria-labelledby": `name-${index}` }, head);
     if (byId(`pictures-${index}`)) card.append(pair(file, card));
@@ -109,8 +110,8 @@
   });
 
   function counted(file) {
-    if (file.kind === "image") return file.tiles ? "an image" : "an image without tissue";
-    return `${file.tiles} tile${file.tiles === 1 ? "" : "s"}` + (file.error == null ? "" : `, standard error ${file.error.toFixed(2)}`);
+    if (file.kind === "image" || file.tiles === null) return "";
+    return `, ${file.tiles} tile${file.tiles === 1 ? "" : "s"}` + (file.error === null ? "" : `, standard error ${file.error.toFixed(2)}`);
   }
 
   function pair(file, card) {
@@ -153,7 +154,9 @@
 
   // --- the plot
 
-  const known = files.map((file, index) => index).filter((index) => files[index].offset);
+  // Where there is no tissue, and for label masks, nothing is estimated.
+  const known = files.map((file, index) => index)
+    .filter((index) => files[index].offset && (files[index].tiles || (run.given && files[index].tiles === null)));
   const sizes = folders.map((folder, number) => files.filter((file) => file.folder === number).length);
   const colored = folders.map((folder, number) => number).sort((a, b) => sizes[b] - sizes[a]).slice(0, COLORS.length);
   const colorOf = (number) => COLORS[colored.indexOf(number)] || OTHER;
@@ -171,7 +174,7 @@
     const x = (a) => left + ((a - start[0]) / span) * side;
     const y = (b) => top + side - ((b - start[1]) / span) * side;
     const step = [1, 2, 5, 10, 20, 50, 100].find((size) => span / size <= 8) || 200;
-    const axes = draw("g", { "aria-hidden": true });
+    const axes = draw("g", { "aria-hidden": true }, draw("clipPath", { id: "inside" }, draw("rect", { x: left, y: top, width: side, height: side })));
     for (let k = Math.ceil(start[0] / step); k * step <= start[0] + span; k++) {
       axes.append(draw("line", { class: k ? "grid" : "zero", x1: x(k * step), x2: x(k * step), y1: top, y2: top + side }),
         draw("text", { x: x(k * step), y: top + side + 18, "text-anchor": "middle" }, tick(k * step)));
@@ -182,15 +185,15 @@
     }
     axes.append(
       draw("text", { x: left + side / 2, y: top + side + 42, "text-anchor": "middle" },
-        "greener \u2190 offset in a*, Lab units \u2192 redder than the target"),
+        "greener \u2190 a* offset, Lab units \u2192 redder"),
       draw("text", { transform: `translate(16 ${top + side / 2}) rotate(-90)`, "text-anchor": "middle" },
-        "bluer \u2190 offset in b*, Lab units \u2192 yellower than the target"));
+        "bluer \u2190 b* offset, Lab units \u2192 yellower"));
     byId("plot").append(axes);
     const usual = colored.filter((number) => folders[number].usual);
     byId("usual-help").hidden = !usual.length;
     for (const number of usual) {
       const [a, b, limit] = folders[number].usual;
-      axes.append(draw("circle", { class: "usual", cx: x(a), cy: y(b), r: (limit / span) * side, stroke: colorOf(number) }));
+      axes.append(draw("circle", { class: "usual", "clip-path": "url(#inside)", cx: x(a), cy: y(b), r: (limit / span) * side, stroke: colorOf(number) }));
     }
     for (const index of known) {
       const file = files[index];
@@ -201,6 +204,8 @@
       link.classList.toggle("flagged", file.flags.length > 0);
       dots.set(index, link);
     }
+    // Flagged dots lie on top.
+    byId("plot").append(...[...dots.values()].sort((a, b) => a.classList.contains("flagged") - b.classList.contains("flagged")));
     if (folders.length < 2) return byId("legend").remove();
     const legend = colored.map((number) => [colorOf(number), folders[number].name || "(top folder)"]);
     if (folders.length > COLORS.length) legend.push([OTHER, "other folders"]);
@@ -216,7 +221,7 @@
     const link = event.target.closest("a");
     if (axis === undefined || !link) return;
     event.preventDefault();
-    const ordered = known.filter((index) => dots.get(index).isConnected)
+    const ordered = known.filter((index) => !dots.get(index).hasAttribute("hidden"))
       .sort((a, b) => files[a].offset[axis] - files[b].offset[axis] || a - b);
     const by = event.key === "ArrowRight" || event.key === "ArrowUp" ? 1 : -1;
     const next = dots.get(ordered[ordered.indexOf(Number(link.dataset.file)) + by]);
@@ -228,33 +233,34 @@
 
   // --- what is shown, and what is open
 
-  function update() {
+  function filter() {
     const text = byId("text").value.trim().toLowerCase();
-    const isShown = (file) => (file.flags.length || !byId("flagged").checked)
+    const isShown = (file) => (file.flags.length > 0 || !byId("flagged").checked)
       && (!text || `${file.name}\n${file.flags}\n${file.message}`.toLowerCase().includes(text));
-    const shown = files.map((file, index) => index).filter((index) => isShown(files[index]));
-    const drawn = shown.filter((index) => dots.has(index));
-    if (sorting.column) shown.sort(compare);
-    byId("table").tBodies[0].replaceChildren(...shown.map((index) => rows[index]));
-    byId("cards").replaceChildren(...shown.map((index) => cards[index]));
-    for (const link of dots.values()) link.remove();
-    // Flagged dots lie on top.
-    drawn.sort((a, b) => (files[a].flags.length > 0) - (files[b].flags.length > 0));
-    byId("plot").append(...drawn.map((index) => dots.get(index)));
-    if (drawn.length && !drawn.some((index) => dots.get(index).getAttribute("tabindex") === "0"))
-      dots.get(drawn[0]).setAttribute("tabindex", 0);
-    byId("status").textContent = `${shown.length} of ${files.length} files shown`;
+    files.forEach((file, index) => {
+      for (const element of [rows[index], cards[index], dots.get(index)]) element?.toggleAttribute("hidden", !isShown(file));
+    });
+    const drawn = [...dots.values()].filter((link) => !link.hasAttribute("hidden"));
+    for (const link of dots.values()) link.setAttribute("tabindex", link === drawn[0] ? 0 : -1);
+    byId("status").textContent = `${files.filter(isShown).length} of ${files.length} files shown`;
+  }
+
+  function order() {
+    const indices = files.map((file, index) => index);
+    if (sorting.column) indices.sort(compare);
+    byId("table").tBodies[0].replaceChildren(...indices.map((index) => rows[index]));
+    byId("cards").replaceChildren(...indices.map((index) => cards[index]));
   }
 
   function open(index) {
     for (const element of document.querySelectorAll("[aria-current]")) element.removeAttribute("aria-current");
     for (const element of [rows[index], cards[index], dots.get(index)]) element?.setAttribute("aria-current", true);
-    cards[index].scrollIntoView({ block: "nearest" });
+    cards[index].scrollIntoView({ block: "center" });
     (cards[index].querySelector("input") || cards[index].querySelector("h3")).focus({ preventScroll: true });
   }
   const openTarget = () => {
     const card = cards.find((card) => `#${card.id}` === location.hash);
-    if (card?.isConnected) open(cards.indexOf(card));
+    if (card) open(cards.indexOf(card));
   };
   document.addEventListener("click", (event) => {
     const link = event.target.closest("[data-file]");
@@ -265,10 +271,11 @@
   showFacts();
   plot();
   byId("table").tHead.rows[0].append(...heads);
-  update();
+  order();
+  filter();
   for (const card of cards) watcher.observe(card);
-  for (const [id, kind] of [["text", "input"], ["flagged", "change"]]) byId(id).addEventListener(kind, update);
+  for (const [id, kind] of [["text", "input"], ["flagged", "change"]]) byId(id).addEventListener(kind, filter);
   byId("controls").addEventListener("submit", (event) => event.preventDefault());
-  addEventListener("beforeprint", () => cards.forEach((card) => card.isConnected && show(card, true)));
+  addEventListener("beforeprint", () => cards.forEach((card) => card.hidden || show(card, true)));
   addEventListener("load", openTarget);
 })();
