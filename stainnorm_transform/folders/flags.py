@@ -81,8 +81,10 @@ def entry_of(path: Path, output: Path, outcome: Outcome, made: Record) -> Entry:
     below = output.relative_to(made.folder).with_name(path.name)
     folder = "" if below.parent == Path() else printable(below.parent.as_posix())
     name = printable(below.as_posix())
-    # Without the folder of the results, which is no business of those who get the page.
-    message = printable((outcome.error or outcome.note).replace(f"{made.folder}{os.sep}", ""))
+    message = outcome.error or outcome.note
+    for folder_of_this_machine in (made.folder, path.parent):
+        message = message.replace(f"{folder_of_this_machine}{os.sep}", "")
+    message = printable(message)
     if outcome.error:
         return Entry(name, folder, is_slide(path), message=message)
     tiles, error = made.basis(output)

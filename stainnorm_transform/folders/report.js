@@ -121,7 +121,7 @@
       tell(slider);
     });
     tell(slider);
-    const images = ["after", "before"].map((when) => make("img", { class: when, alt: `${file.name}, ${when}` }));
+    const images = ["before", "after"].map((when) => make("img", { class: when, alt: `${file.name}, ${when}` }));
     return make("div", { class: "pair" }, ...images, slider, make("span", {}, "before"), make("span", {}, "after"));
   }
 
@@ -131,9 +131,9 @@
 
   /** Only pictures that are in view, or nearly, are decoded. */
   function show(card, isNear) {
-    const [after, before] = card.querySelectorAll("img");
-    if (!after || after.hasAttribute("src") === isNear) return;
-    if (!isNear) return [after, before].forEach((image) => image.removeAttribute("src"));
+    const [before, after] = card.querySelectorAll("img");
+    if (!before || before.hasAttribute("src") === isNear) return;
+    if (!isNear) return [before, after].forEach((image) => image.removeAttribute("src"));
     const texts = byId(card.id.replace("file", "pictures")).textContent.split(" ");
     [before.src, after.src] = texts.map((text) => `data:image/webp;base64,${text}`);
   }

@@ -61,13 +61,18 @@ def test_nothing_is_lost_or_done_twice_when_a_worker_is_killed(run_on_ray, tmp_p
         make_slide(tmp_path / f"in/{number}.svs", tissue(1500, 1500))
     save(tmp_path / "in/tile.png")
     (tmp_path / "in/bad.svs").write_bytes(b"abc")
-    done = run_on_ray("--overview", marker=tmp_path / "killed")
+    done = run_on_ray("--overview", "--report", marker=tmp_path / "killed")
     assert done.returncode == 1, done.stderr
     assert (tmp_path / "killed").exists()
     assert "7 of 8 images normalized" in done.stdout
     assert "bad.svs: not a slide of a format" in done.stderr
     names = {f"{number}.tif" for number in range(6)} | {"tile.png"}
-    assert {path.name for path in out.iterdir()} == names | {"offsets.csv", "manifest.csv", "overview.png"}
+    assert {path.name for path in out.iterdir()} == names | {
+        "offsets.csv",
+        "manifest.csv",
+        "overview.png",
+        "report.html",
+    }
     listed = [row["output"] for row in rows(out)]
     assert set(listed) == names
     assert len(listed) == len(names)
