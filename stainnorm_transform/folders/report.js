@@ -34,7 +34,7 @@
   ];
   const gravity = (flag) => Object.keys(flags).indexOf(flag);
   const described = (file) =>
-    file.offset ? `a* ${signed(file.offset[0])}, b* ${signed(file.offset[1])}` : "not normalized";
+    !file.offset ? "not normalized" : file.tiles === 0 ? "unchanged" : `a* ${signed(file.offset[0])}, b* ${signed(file.offset[1])}`;
   const flagsOf = (file) => file.flags.map((flag) => make("span", { class: "flag" }, flag))
     .flatMap((element, index) => (index ? [", ", element] : [element]));
 
@@ -110,7 +110,7 @@
   });
 
   function counted(file) {
-    if (file.kind === "image" || file.tiles === null) return "";
+    if (file.kind === "image" || !file.tiles) return "";
     return `, ${file.tiles} tile${file.tiles === 1 ? "" : "s"}` + (file.error === null ? "" : `, standard error ${file.error.toFixed(2)}`);
   }
 
@@ -277,5 +277,5 @@
   for (const [id, kind] of [["text", "input"], ["flagged", "change"]]) byId(id).addEventListener(kind, filter);
   byId("controls").addEventListener("submit", (event) => event.preventDefault());
   addEventListener("beforeprint", () => cards.forEach((card) => card.hidden || show(card, true)));
-  addEventListener("load", openTarget);
+  for (const event of ["load", "hashchange"]) addEventListener(event, openTarget);
 })();

@@ -43,7 +43,8 @@ TEXT_COLORS = """
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    chromium, driver = (shutil.which(name) for name in ("chromium", "chromedriver"))
+    driver = shutil.which("chromedriver")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if not chromium or not driver:
         pytest.skip("no Chromium: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
@@ -303,7 +304,9 @@ def test_it_fits_a_narrow_screen_and_paper(page):
     page.execute_script("dispatchEvent(new Event('beforeprint'))")
     pair = page.find_element(By.CSS_SELECTOR, "#file-1 .pair")
     before, after = (pair.find_element(By.CLASS_NAME, name).rect for name in ("before", "after"))
+    clip = page.execute_script("return getComputedStyle(arguments[0].querySelector('.before')).clipPath", pair)
     page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    assert clip == "none"
     assert before["x"] + before["width"] <= after["x"]
     assert not [image for image in page.find_elements(By.TAG_NAME, "img") if not image.get_attribute("src")]
 
