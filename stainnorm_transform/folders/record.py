@@ -207,7 +207,8 @@ class Record:
     def basis(self, output: Path) -> tuple[int | None, float | None]:
         """How many tiles with tissue a map was estimated from, and the standard error of its offset in Lab units."""
         tiles, error = self._named(output, BASIS_FIELDS)
-        return int(tiles) if tiles.isdecimal() else None, float(error) if _is_number(error) else None
+        is_count = tiles.isdecimal() and len(tiles) < 10
+        return int(tiles) if is_count else None, float(error) if _is_number(error) else None
 
     def _named(self, output: Path, fields: tuple[str, ...]) -> list[str]:
         start = FIELDS.index(fields[0])

@@ -157,7 +157,8 @@
   // Where there is no tissue, and for label masks, nothing is estimated.
   const known = files.map((file, index) => index)
     .filter((index) => files[index].offset && (files[index].tiles || (run.given && files[index].tiles === null)));
-  const sizes = folders.map((folder, number) => files.filter((file) => file.folder === number).length);
+  const sizes = folders.map(() => 0);
+  for (const file of files) sizes[file.folder]++;
   const colored = folders.map((folder, number) => number).sort((a, b) => sizes[b] - sizes[a]).slice(0, COLORS.length);
   const colorOf = (number) => COLORS[colored.indexOf(number)] || OTHER;
   const dots = new Map();
@@ -165,8 +166,8 @@
   function plot() {
     const [left, top, side] = [58, 10, 490];
     const ranges = [0, 1].map((axis) => {
-      const values = [0, ...known.map((index) => files[index].offset[axis])];
-      return [Math.min(...values), Math.max(...values)];
+      const values = [0, ...known.map((index) => files[index].offset[axis])].sort((a, b) => a - b);
+      return [values[0], values.at(-1)];
     });
     // Both axes have one scale, so that distances are what they look like.
     const span = Math.max(4, ...ranges.map(([low, high]) => high - low)) * 1.12;

@@ -119,7 +119,7 @@ def _digest(text: str) -> str:
 def _data(normalizer: FileNormalizer, entries: list[Entry], earlier: int) -> dict[str, Any]:
     """What the page shows, but for pictures."""
     usual = usual_offsets(entries)
-    folders = {entry.folder: None for entry in entries}
+    folders = {name: number for number, name in enumerate(dict.fromkeys(entry.folder for entry in entries))}
     return {
         "run": {
             "program": f"stainnorm {__version__}",
@@ -135,7 +135,7 @@ def _data(normalizer: FileNormalizer, entries: list[Entry], earlier: int) -> dic
         "files": [
             {
                 "name": entry.name,
-                "folder": list(folders).index(entry.folder),
+                "folder": folders[entry.folder],
                 "kind": "slide" if entry.is_slide else "image",
                 "offset": entry.offset,
                 "tiles": entry.tiles,
