@@ -48,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "left out, and counted; folders in it that hold results of this command are not searched."
     )
     parser.epilog = (
-        "DIR/offsets.csv lists each file, by its full path, with the offset and the color map that were taken from it,"
-        " and what these rest on: how many tiles with tissue, and for slides the standard error of the offset in Lab "
+        "DIR/offsets.csv lists each file, by its full path, with the offset and the color map that were taken from it, "
+        "and what these rest on: how many tiles with tissue, and for slides the standard error of the offset in Lab "
         "units, from how far the tiles disagree; of several lines for one output the last counts. The same command "
         "again does what is missing: a file is finished if the list has it and path, size and time of change of the "
         "file and of its result are as listed, as are the weights, the version of the program, and the options that "

@@ -7,12 +7,14 @@ import json
 import math
 import os
 import re
+import signal
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from apart import Stop
 from PIL import Image
 from synthetic import make_slide, make_tiles, on_glass, rows, save, tissue
 
@@ -366,3 +368,14 @@ def test_a_full_disk_keeps_results_and_the_report_that_was_there(run, tmp_path, 
     assert (disk / "out/report.html").read_bytes() == before
     names = {path.name for path in (disk / "out").iterdir()}
     assert names == {"0000.png", "0001.png", "offsets.csv", "report.html"}
+
+
+def test_a_run_that_is_killed_leaves_no_half_of_a_report(start, run, tmp_path):
+    make_tiles(tmp_path / "in", 6)
+    killed = start(tmp_path / "in", "--report", "--workers=1", stop=Stop("folders.report.picture", 7))()
+    assert killed.status == -signal.SIGKILL
+    assert not (tmp_path / "out/report.html").exists()
+    assert run(tmp_path / "in", options=["--report"]) == 0
+    assert len(pictures_of(tmp_path / "out")) == 6
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"offsets.csv", "report.html"} | {f"{number:04}.png" for number in range(6)}
