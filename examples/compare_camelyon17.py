@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from camelyon17 import CENTER_FOLDERS, CENTERS, add_data_option, read, read_center
-from kornia.color import rgb_to_lab
+from peers import PEERS, TISSUE, Normalize, lab_of, mean_match, tissue, tissue_mean
 from skimage.color import hed2rgb, rgb2hed
 from skimage.metrics import structural_similarity
 from sklearn.linear_model import LogisticRegression
@@ -35,17 +35,16 @@ from train_camelyon17 import left_out_of
 
 from stainnorm_transform import NormalizeStain, weights
 from stainnorm_transform.cli.options import path_name
-from stainnorm_transform.color import fade, random_offset, shift_ab
+from stainnorm_transform.color import random_offset, shift_ab
 
 SIDE = 512  # of the tiles compared; of a large field, the middle
-TISSUE, STROMA, GLASS = (10, 88), (60, 80), 90  # L*
+STROMA, GLASS = (60, 80), 90  # L*
 NUCLEI = 0.1  # the darkest of the tissue
 STEP = 2  # of MoNuSeg's images, every so many pixels are measured
 BINS = torch.arange(TISSUE[0], TISSUE[1], 6.0)  # L*
 CHANGES = 4  # known ones for each target tile
 OURS, CONTROL, PAPER = "ColorNormNet", "mean match (control)", "ColorNormNet, paper's shift and optimizer"
 OFFSET = "ColorNormNet, offset only"
-Normalize = Callable[[Tensor], Tensor]
 Figures = dict[str, float]
 
 COLUMNS = {
@@ -215,76 +214,7 @@ def choose(tiles: list[Tensor], draw: int) -> Tensor:
     return tiles[np.random.default_rng(0).permutation(len(tiles))[draw % len(tiles)]]
 
 
-def mean_match(tiles: list[Tensor]) -> Normalize:
-    goal = torch.stack([tissue_mean(tile) for tile in tiles]).nanmean(dim=0)
-
-    def normalize(image: Tensor) -> Tensor:
-        lab = lab_of(image)
-        share = fade(lab[0])[tissue(lab)].mean()
-        return shift_ab(image, ((goal - tissue_mean(image)) / share).nan_to_num())
-
-    return normalize
-
-
-def tiatoolbox(name: str) -> Callable[[Tensor], Normalize]:
-    def fit(reference: Tensor) -> Normalize:
-        from tiatoolbox.tools.stainnorm import get_normalizer
-
-        normalizer = get_normalizer(name)
-        normalizer.fit(to_array(reference))
-
-        def normalize(image: Tensor) -> Tensor:
-            # It casts to uint8, which would hide NaN.
-            with np.errstate(invalid="raise"):
-                return torch.from_numpy(normalizer.transform(to_array(image))).permute(2, 0, 1)
-
-        return normalize
-
-    return fit
-
-
-def torchstain_macenko(reference: Tensor) -> Normalize:
-    import torchstain
-
-    normalizer = torchstain.normalizers.MacenkoNormalizer(backend="torch")
-    normalizer.fit(reference.float())
-
-    def normalize(image: Tensor) -> Tensor:
-        after = normalizer.normalize(image.float(), stains=False)[0]
-        if after.min() < 0:  # NaN as an integer
-            raise FloatingPointError("NaN")
-        return after.clamp(0, 255).to(torch.uint8).permute(2, 0, 1)
-
-    return normalize
-
-
-PEERS = {
-    "Reinhard (tiatoolbox)": ("tiatoolbox", tiatoolbox("reinhard")),
-    "Macenko (tiatoolbox)": ("tiatoolbox", tiatoolbox("macenko")),
-    "Macenko (torchstain)": ("torchstain", torchstain_macenko),
-    "Vahadane (tiatoolbox)": ("tiatoolbox", tiatoolbox("vahadane")),
-}
-
-
-def to_array(image: Tensor) -> np.ndarray:
-    return image.permute(1, 2, 0).numpy().copy()
-
-
 # --- Figures.
-
-
-def lab_of(image: Tensor) -> Tensor:
-    return rgb_to_lab(image.float() / 255)
-
-
-def tissue(lab: Tensor) -> Tensor:
-    return (lab[0] > TISSUE[0]) & (lab[0] < TISSUE[1])
-
-
-def tissue_mean(image: Tensor, like: Tensor | None = None) -> Tensor:
-    """Mean (a*, b*) over the tissue, which is that of ``like`` if given."""
-    lab = lab_of(image)
-    return lab[1:, tissue(lab if like is None else lab_of(like))].mean(dim=1)
 
 
 def nuclei(lab: Tensor) -> Tensor:

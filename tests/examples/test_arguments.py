@@ -13,6 +13,10 @@ MISSING = {
     "train_camelyon17": ("--out out", f"camelyon17/center_4, got 'nowhere': {CAMELYON17}"),
     "compare_camelyon17": ("", f"edge_cases, monuseg/images, got 'nowhere': {CAMELYON17}"),
     "stability": ("", f"camelyon17, camelyon16, monuseg/images, got 'nowhere': {CAMELYON17}"),
+    "classify_labs": (
+        "nowhere",
+        "expected images of two labs or more, got none in nowhere: give folders that hold LAB/LABEL",
+    ),
     "finetune_resnet": ("--data nowhere", "expected a folder with one folder of images a class, like examples/tiles"),
     "lightning_module": ("--data nowhere", "expected a folder with one folder of images a class, like examples/tiles"),
     "embed_tiles": ("--slides nowhere", "expected a folder with one folder of tiles a slide, like examples/tiles"),

@@ -1,0 +1,241 @@
+"""Does stain normalization help a classifier in a lab that it was not trained on? Trains on each lab, tests on all.
+
+pip install -e ".[evidence]" && python examples/classify_labs.py tiles --json figures.json --plot figures.png
+
+A folder has images as LAB/LABEL/*.png or LAB/SPLIT/LABEL/*.png (or jpg), or is CAMELYON17-WILDS; several are pooled.
+For each method, training lab and seed a model is trained on images in this method's colors, or a linear probe on a
+frozen encoder (--encoder). Slides are kept together where names say them, as SLIDE_x12_y34 does. Colors of all labs go
+to one target (--weights), or those of the training lab for methods that take a reference. Results are written after
+each run. An interrupted call goes on with --resume.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import itertools
+import json
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from lab_colors import METHODS, Method, change_of, library_of, quiet
+from lab_figures import Run, measure, plot, print_table
+from lab_images import Data, Labeled, digest, find_images, split_lab
+from lab_models import Encoder, Recipe, build, check_side, embed, fit_probe, load_encoder, logits, probability, train
+from tqdm import tqdm
+
+from stainnorm_transform import __version__, weights
+from stainnorm_transform.cli.options import add_device, path_name
+from stainnorm_transform.files import replacing
+from stainnorm_transform.resources import choose_device, cores
+
+SIDE = 96
+MEMORY = 2**31  # bytes of the images of a method that are kept
+PAPER = Recipe("resnet50", steps=3000, batch=32, learning_rate=0.001, weight_decay=0.01, validated=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=path_name, metavar="FOLDER", help="images of two labs or more")
+    parser.add_argument(
+        "--labels", nargs=2, default=["normal", "tumor"], metavar="LABEL", help="(default: normal tumor)"
+    )
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD",
+        help=f"of {', '.join(METHODS)} (default: all that are installed)",
+    )  # fmt: skip
+    parser.add_argument("--seeds", type=int, default=3, help="runs with other splits and models (default: %(default)s)")
+    parser.add_argument(
+        "--weights", nargs="+", default=[weights.DEFAULT], metavar="[LAB=]WEIGHTS",
+        help="name or file of the target, for all training labs or for one (default: camelyon17)",
+    )  # fmt: skip
+    parser.add_argument("--model", help="small, or a model of torchvision (default: small)")
+    parser.add_argument("--encoder", help="frozen, with a linear probe: efficientnet-lite0, or a model of timm")
+    parser.add_argument(
+        "--paper", action="store_true",
+        help="as in arXiv 2011.15000: ResNet50, batch 32, learning rate 0.001, weight decay 0.01, and the weights that "
+        "did best on the validation part",
+    )  # fmt: skip
+    parser.add_argument("--steps", type=int, help="batches to train on (default: 400; 3000 with --paper)")
+    parser.add_argument("--batch", type=int, help="images in each (default: 32)")
+    parser.add_argument("--side", type=int, help="of the images, in pixels (default: 96, or what the encoder takes)")
+    parser.add_argument("--limit", type=int, help="draw at most so many images of each lab and label")
+    parser.add_argument("--json", type=path_name, help="file to write all figures to")
+    parser.add_argument("--resume", action="store_true", help="leave out the runs that the file has")
+    parser.add_argument("--plot", type=path_name, help="PNG file")
+    add_device(parser)
+    options = parser.parse_args()
+    try:
+        runs = evaluate(options)
+    except ValueError as error:
+        parser.error(str(error))
+    print_table(runs)
+    if options.plot:
+        plot(runs, options.plot)
+
+
+def evaluate(options: argparse.Namespace) -> list[Run]:
+    """All runs: those that a resumed file has, and the others, done now."""
+    for name in ("seeds", "steps", "batch", "side", "limit"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ValueError(f"expected --{name} of 1 or more, got {getattr(options, name)}")
+    for path in (options.json, options.plot):
+        if path and not path.absolute().parent.is_dir():
+            raise ValueError(f"expected a folder that is there for {path}, got none: make it first")
+    if options.plot and not importlib.util.find_spec("matplotlib"):
+        raise ValueError('expected matplotlib for --plot, got none: run pip install -e ".[evidence]"')
+    if options.batch == 1:
+        raise ValueError("expected --batch of 2 or more, one image of each label, got 1")
+    device = choose_device(options.device)
+    recipe = recipe_of(options)
+    titles = titles_of(options.methods)
+    images = find_images(options.folders, options.labels, options.limit)
+    labs = sorted({image.lab for image in images})
+    targets = targets_of(options.weights, labs)
+    splits = {(lab, seed): split_lab(images, lab, seed) for lab in labs for seed in range(options.seeds)}
+    encoder = load_encoder(options.encoder, options.side, device) if options.encoder else None
+    side = encoder.side if encoder else options.side or SIDE
+    if not encoder:
+        check_side(recipe.model, side)
+    model = {"encoder": options.encoder} if encoder else dataclasses.asdict(recipe)
+    settings = {
+        "version": __version__, "images": digest(images), "labels": options.labels, "side": side, "weights": targets,
+        "model": model,
+    }  # fmt: skip
+    runs = earlier_runs(options, settings)
+    done = {(run["title"], run["lab"], run["seed"]) for run in runs}
+    todo = [run for run in plan(list(titles), labs, options.seeds) if (titles[run[0]], *run[1:]) not in done]
+    torch.backends.cudnn.deterministic = True
+    kept: tuple[object, ...] | None = None
+    with pool_of(len(images)) as pool:
+        for method, lab, seed in tqdm(todo, unit="run", disable=None):
+            parts = splits[lab, seed]
+            colors = METHODS[method].colors
+            # What the colors depend on: images are changed once for all runs that share it.
+            depends = (colors, targets[lab]) if colors in ("tile", "slide") else (colors, lab, seed)
+            if depends != kept:
+                change = change_of(colors, images, parts["train"], seed, targets[lab], device, pool)
+                data = Data([image.path for image in images], change, side, device, MEMORY)
+                features = embed(encoder, data) if encoder else None
+                kept = depends
+            tests = score(METHODS[method], images, parts, lab, seed, data, encoder, features, recipe)
+            runs.append({"title": titles[method], "lab": lab, "seed": seed, "tests": tests})
+            if options.json:
+                write(options.json, settings, runs)
+    return runs
+
+
+def recipe_of(options: argparse.Namespace) -> Recipe:
+    given = {name: getattr(options, name) for name in ("model", "steps", "batch") if getattr(options, name) is not None}
+    if options.encoder and (given or options.paper):
+        raise ValueError(
+            "expected --encoder without --paper, --model, --steps and --batch: nothing but a probe is trained"
+        )
+    recipe = dataclasses.replace(PAPER if options.paper else Recipe(), **given)
+    build(recipe.model)
+    return recipe
+
+
+def targets_of(given: Sequence[str], labs: Sequence[str]) -> dict[str, str]:
+    """The weights of each training lab, from WEIGHTS for all and LAB=WEIGHTS for one."""
+    targets = dict.fromkeys(labs, weights.DEFAULT)
+    for text in sorted(given, key=lambda text: "=" in text):
+        lab, equals, name = text.rpartition("=") if not Path(text).is_file() else ("", "", text)
+        if equals and lab not in labs:
+            raise ValueError(f"expected LAB=WEIGHTS of a lab that there is, {' or '.join(labs)}, got {text!r}")
+        try:
+            weights.load(name)
+        except OSError as error:
+            raise ValueError(f"expected weights that are there, got {name!r} ({error})") from error
+        targets |= {lab: name} if equals else dict.fromkeys(labs, name)
+    return targets
+
+
+def titles_of(methods: Sequence[str]) -> dict[str, str]:
+    """The methods that can be had, and what they are called: by their library too, where they are from another."""
+    titles = {}
+    for method in dict.fromkeys(methods):
+        title = METHODS[method].title
+        try:
+            library = library_of(METHODS[method].colors)
+        except ModuleNotFoundError as error:
+            print(f"left out: {title}, because {error}", file=sys.stderr)
+            continue
+        titles[method] = f"{title} ({library})" if library in ("tiatoolbox", "torchstain") else title
+    if not titles:
+        raise ValueError('expected a method that is installed, got none: run pip install -e ".[evidence]"')
+    return titles
+
+
+def plan(methods: Sequence[str], labs: Sequence[str], seeds: int) -> list[tuple[str, str, int]]:
+    """(method, lab, seed): those of the same colors one after the other."""
+    by_colors = sorted(methods, key=lambda method: METHODS[method].colors)
+    groups = [list(group) for _, group in itertools.groupby(by_colors, key=lambda method: METHODS[method].colors)]
+    return [(m, lab, seed) for lab in labs for group in groups for seed in range(seeds) for m in group]
+
+
+def pool_of(images: int) -> ProcessPoolExecutor | nullcontext[None]:
+    """Processes for the methods that normalize image by image; for a few images they are not worth their start."""
+    if cores() == 1 or images < 500:
+        return nullcontext()
+    return ProcessPoolExecutor(cores(), get_context("spawn"), initializer=quiet)
+
+
+def score(
+    method: Method,
+    images: Sequence[Labeled],
+    parts: dict[str, list[int]],
+    lab: str,
+    seed: int,
+    data: Data,
+    encoder: Encoder | None,
+    features: np.ndarray | None,
+    recipe: Recipe,
+) -> dict[str, Run]:
+    """The figures by lab of a model that is trained on one: of its test part, and of all images of the others."""
+    labels = torch.tensor([image.label for image in images])
+    rows_of = {image.lab: [row for row, each in enumerate(images) if each.lab == image.lab] for image in images}
+    rows_of[lab] = parts["test"]
+    if encoder is not None and features is not None:
+        probe = fit_probe(encoder, data, labels, parts["train"], method.perturb, seed)
+        scores = {other: probe.predict_proba(features[rows])[:, 1] for other, rows in rows_of.items()}
+    else:
+        model = train(data, labels, parts, method.perturb, recipe, seed)
+        prevalence = float(labels[parts["train"]].double().mean())
+        scores = {other: probability(logits(model, data, rows), prevalence) for other, rows in rows_of.items()}
+    return {
+        other: measure(labels[rows].numpy(), scores[other], [images[row].unit for row in rows])
+        for other, rows in rows_of.items()
+    }
+
+
+def earlier_runs(options: argparse.Namespace, settings: Run) -> list[Run]:
+    path = options.json
+    if options.resume and path is None:
+        raise ValueError("expected --json with --resume: the file of the runs that are done")
+    if path is None or not path.exists():
+        return []
+    if not options.resume:
+        raise ValueError(f"expected a file that is not there yet, got {path}: add --resume to go on, or take it away")
+    try:
+        content = json.loads(path.read_text())
+        earlier, runs = content["settings"], content["runs"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"expected figures that this script wrote, got {path}: take it away") from error
+    if other := [name for name in settings if earlier.get(name) != settings[name]]:
+        raise ValueError(f"expected {path} to have the same {' and '.join(other)}, got others: give another --json")
+    return runs
+
+
+def write(path: Path, settings: Run, runs: Sequence[Run]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps({"settings": settings, "runs": runs}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
