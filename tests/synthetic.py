@@ -11,7 +11,7 @@ import openslide
 import tifffile
 import torch
 import torch.nn.functional as F
-from PIL import ImageCms
+from PIL import Image, ImageCms
 from render_tiles import LABS, render_tile
 from torchvision.transforms.v2.functional import to_pil_image
 
@@ -68,6 +68,36 @@ def save(path, image=None, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     (to_pil_image(render_tile()) if image is None else image).save(path, **options)
     return path
+
+
+def disks(draws, size):
+    """An instance map (size, size) of round nuclei, some of which touch, and its image (3, size, size)."""
+    y, x = np.mgrid[:size, :size]
+    instances = np.zeros((size, size), np.int64)
+    for number in range(size * size // 400):
+        row, column = draws.integers(0, size, 2)
+        inside = (y - row) ** 2 + (x - column) ** 2 <= draws.integers(5, 9) ** 2
+        # Others are only touched, so that every nucleus is whole.
+        if not (instances[inside]).any():
+            instances[inside] = number + 1
+    colors = np.where(instances[..., None] > 0, (105, 75, 150), (225, 165, 200))
+    pixels = (colors + draws.normal(0, 8, (size, size, 3))).clip(0, 255).astype(np.uint8)
+    return torch.from_numpy(instances), torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def make_monuseg(folder, count=6, size=144):
+    """Images of disks with their instance maps and organs in the layout of MoNuSeg, and a center of CAMELYON17."""
+    organs = ["id,organ"]
+    for number in range(count):
+        instances, image = disks(np.random.default_rng(number), size)
+        name = f"TCGA-{'AB'[number % 2]}{number // 2}-000{number}-01Z"
+        save(folder / f"monuseg/images/{name}.png", to_pil_image(image))
+        save(folder / f"monuseg/instances/{name}.png", Image.fromarray(instances.numpy().astype(np.uint16)))
+        organs.append(f"{name},{'Kidney' if number % 3 else 'Liver'}")
+    (folder / "monuseg/organs.csv").write_text("\n".join(organs) + "\n")
+    for seed in range(2):
+        save(folder / f"camelyon17/center_1/{seed}.png", to_pil_image(render_tile(seed, 96)))
+    return folder
 
 
 def on_glass(pixels, height, width):

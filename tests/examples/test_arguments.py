@@ -12,6 +12,8 @@ MISSING = {
     "make_slide": ("--out out.tif", f"expected a folder with camelyon17/center_0, .* {CAMELYON17}"),
     "train_camelyon17": ("--out out", f"camelyon17/center_4, got 'nowhere': {CAMELYON17}"),
     "compare_camelyon17": ("", f"edge_cases, monuseg/images, got 'nowhere': {CAMELYON17}"),
+    "segment_nuclei": ("", "monuseg/images, monuseg/instances, camelyon17/center_1, got 'nowhere': " + CAMELYON17),
+    "organ_colors": ("", f"a folder with monuseg/images, monuseg/instances, got 'nowhere': {CAMELYON17}"),
     "stability": ("", f"camelyon17, camelyon16, monuseg/images, got 'nowhere': {CAMELYON17}"),
     "classify_labs": (
         "nowhere",
@@ -35,6 +37,8 @@ LIBRARIES = {
     "lightning_module": "lightning",
     "embed_tiles": "timm",
     "monai_pipeline": "monai",
+    "segment_nuclei": "monai",
+    "organ_colors": "monai",
     "timm_model": "timm",
     "albumentations_transform": "albumentations",
     "from_torchstain": "torchstain",
@@ -50,7 +54,9 @@ def fail(monkeypatch, tmp_path, capsys):
 
     def fail(name, *arguments):
         if name in LIBRARIES:
-            pytest.importorskip(LIBRARIES[name], reason=f"needs {LIBRARIES[name]}: pip install -e '.[ecosystem,ray]'")
+            pytest.importorskip(
+                LIBRARIES[name], reason=f"needs {LIBRARIES[name]}: pip install -e '.[ecosystem,evidence,ray]'"
+            )
         monkeypatch.setattr("sys.argv", [f"{name}.py", *arguments])
         with pytest.raises(SystemExit) as end:
             importlib.import_module(name).main()
