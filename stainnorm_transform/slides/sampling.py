@@ -66,7 +66,7 @@ def slide_normalizer(slide: Slide, normalize: NormalizeStain, threads: int | Non
     Args:
         slide: an open slide.
         normalize: the target; if its map is fixed, it is the transform of the slide.
-        threads: to read with; default: as many as there are cores.
+        threads: to read and estimate with; default: as many as there are cores.
 
     Returns:
         The transform, which takes away nothing where no tissue was found, and what it is based on.
@@ -78,14 +78,15 @@ def slide_normalizer(slide: Slide, normalize: NormalizeStain, threads: int | Non
     device = normalize.network.device
     sums: list[Tensor] = []
 
-    def read(corner: tuple[int, int]) -> Tensor:
+    def sums_at(corner: tuple[int, int]) -> Tensor:
         size = (min(side, slide.dimensions[0]), min(side, slide.dimensions[1]))
-        return slide.read(*corner, *size)
+        # The modes of torch are those of a thread.
+        with torch.inference_mode():
+            return tissue_sums(normalize.network, slide.read(*corner, *size).to(device), normalize.preserve_white)
 
     chosen = itertools.islice(places(slide, side, threads), SAMPLED_PLACES)
-    with one_torch_thread(), torch.no_grad(), contextlib.closing(in_order(read, chosen, threads)) as tiles:
-        for tile in tiles:
-            found = tissue_sums(normalize.network, tile.to(device), normalize.preserve_white)
+    with one_torch_thread(), contextlib.closing(in_order(sums_at, chosen, threads)) as tiles:
+        for found in tiles:
             if found[0, 0] > 0:
                 sums.append(found)
             if len(sums) == SAMPLED_TILES:

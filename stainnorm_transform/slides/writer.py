@@ -87,11 +87,11 @@ def write_slide(
     import tifffile
 
     made = _provenance(normalize)
+    # Before, as a table is made by all torch threads.
+    recolor = _recolor(slide, normalize)
     with (
         one_torch_thread(),
-        contextlib.closing(
-            Pyramid(slide, _recolor(slide, normalize), encoder(file_format.quality), path.parent)
-        ) as pyramid,
+        contextlib.closing(Pyramid(slide, recolor, encoder(file_format.quality), path.parent)) as pyramid,
         contextlib.closing(pyramid.largest(threads, progress)) as largest,
         tifffile.TiffWriter(path, bigtiff=True, ome=file_format.ome, shaped=False) as file,
     ):
