@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from stainnorm_transform.slides.jpeg import check_jpeg, color_model, decode_jpeg, frame_of
 from stainnorm_transform.slides.tables import Pixels
 
 # No scanner writes larger tiles, and OpenSlide ends the process where memory for one is missing.
@@ -32,12 +32,6 @@ _PREDICTED = frozenset({5, 8, 32946, 34925, 50000})
 _JPEG_2000_YCBCR = 33003
 # Its decoder gives black, and no error, for data that is cut.
 _JPEG_XR = frozenset({22610, 34934})
-# What may follow 0xFF in the data of a JPEG scan, besides what is no marker there.
-_JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
-_JPEG_END = 0xD9
-_JPEG_FILL = 64  # bytes, by which some writers fill up
-_JPEG_SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_JPEG_SEGMENTS = frozenset({*range(0xC0, 0xD0), *range(0xDA, 0xF0), 0xFE})
 
 
 class Level:
@@ -93,6 +87,10 @@ class Level:
         ):
             raise ValueError(f"damaged: it lists fewer tiles than the {tiles} it has")
         self._is_jpeg = page.compression == tifffile.COMPRESSION.JPEG
+        self._is_rgb = len(self._planes) == 1 and page.samplesperpixel == 3
+        # tifffile makes a decoder when it is first asked for, for which it may read the file, with no lock.
+        for each in pages:
+            each.decode  # noqa: B018
         is_ycbcr = page.photometric == tifffile.PHOTOMETRIC.YCBCR and page.compression in _GENERAL
         self._is_ycbcr = is_ycbcr or page.compression == _JPEG_2000_YCBCR
         if is_ycbcr and tuple(page.subsampling or (1, 1)) != (1, 1):
@@ -103,6 +101,13 @@ class Level:
         self._kept: OrderedDict[tuple[int, int], Future[Pixels | None]] = OrderedDict()
         self._most = self._tiles_kept()
         self._lock = threading.Lock()
+
+    def is_sure_of_colors(self) -> bool:
+        """Whether all decoders read the first tile in the same colors: no JPEG says others than the TIFF around it."""
+        named = self._page.photometric.name
+        if self._is_jpeg:
+            return color_model(self._read(self._page.dataoffsets[0], self._page.databytecounts[0])) in (None, named)
+        return bool(named == "RGB")
 
     def place(self, column: int, row: int) -> tuple[int, int, int, int]:
         """(left, top, width, height) of a tile, as far as it lies in the image."""
@@ -138,10 +143,13 @@ class Level:
             y0, y1 = max(top, tile_top), min(top + height, tile_top + high)
             part = pixels[y0 - tile_top : y1 - tile_top, x0 - tile_left : x1 - tile_left]
             target = out[y0 - top : y1 - top, x0 - left : x1 - left]
-            target[..., 3] = 255
+            if part.shape[2] == 4:
+                target[:] = part
+                continue
             # A channel at a time takes a tenth of the time.
-            for channel in range(part.shape[2]):
+            for channel in range(3):
                 target[..., channel] = part[..., channel]
+            target[..., 3] = 255
         return out
 
     def tile(self, column: int, row: int) -> Pixels | None:
@@ -167,7 +175,7 @@ class Level:
     def _tiles_kept(self) -> int:
         columns = min(self.columns, _KEPT_SIDE // self.tile_width + 2)
         rows = min(self.rows, _KEPT_SIDE // self.tile_height + 2)
-        least, most = (size // (self.tile_width * self.tile_height * self._channels) for size in _KEPT_BYTES)
+        least, most = (size // (4 * self.tile_width * self.tile_height) for size in _KEPT_BYTES)
         return max(1, min(max(least, columns * rows), most))
 
     def _decode(self, column: int, row: int) -> Pixels | None:
@@ -181,9 +189,20 @@ class Level:
                 return None
             data = self._read(offset, size)
             if self._is_jpeg:
-                check_jpeg(data)
+                self._check_jpeg(data)
+                if self._is_rgb and color_model(data) in (None, page.photometric.name):
+                    return decode_jpeg(data, page.jpegtables, page.photometric.name)
             planes.append(page.decode(data, number, jpegtables=page.jpegtables)[0][0])
         return self._in_rgb(np.concatenate(planes, axis=-1) if len(planes) > 1 else planes[0])
+
+    def _check_jpeg(self, data: bytes) -> None:
+        width, height, channels = frame_of(data)
+        check_tile(width, height)
+        check_jpeg(data)
+        if self._page.is_tiled and (width, height) != (self.tile_width, self.tile_height):
+            raise ValueError(f"JPEG data of {width} x {height} pixels in a tile of another size")
+        if self._is_rgb and channels != 3:
+            raise ValueError(f"JPEG data of {channels} channel{'s' * (channels > 1)} in an image of 3")
 
     def _rows(self, row: int) -> Pixels | None:
         offset, size = self._page.dataoffsets[0], self._page.databytecounts[0]
@@ -229,21 +248,3 @@ def check_tile(width: int, height: int) -> None:
         raise ValueError(f"damaged: tiles of {width} x {height} pixels")
     if width * height > TILE_PIXELS:
         raise ValueError(f"not supported: tiles of {width} x {height} pixels, more than {TILE_PIXELS}; {CONVERT}")
-
-
-def check_jpeg(data: bytes) -> None:
-    """Raises ValueError for damage of which libjpeg only warns, so that imagecodecs passes it over."""
-    place = 2
-    while match := _JPEG_MARKER.search(data, place):
-        marker = match.group()[1]
-        if marker == _JPEG_END:
-            if len(data) - match.end() > _JPEG_FILL:
-                raise ValueError("JPEG data ends too early")
-            return
-        if marker not in _JPEG_SEGMENTS:
-            raise ValueError(f"JPEG data has a marker that is none, {marker:#x}")
-        segment = data[match.end() : match.end() + 7]
-        if marker in _JPEG_SIZES and len(segment) == 7:
-            check_tile(int.from_bytes(segment[5:7], "big"), int.from_bytes(segment[3:5], "big"))
-        place = match.end() + int.from_bytes(segment[:2], "big")
-    raise ValueError("JPEG data has no end")

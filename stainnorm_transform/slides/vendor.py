@@ -155,9 +155,12 @@ def _regular_levels(file: Any, sizes: Sequence[tuple[int, int]]) -> list[Level]:
         if not all(pages[0].databytecounts) or not all(pages[0].dataoffsets):
             return []
         try:
-            levels.append(Level(file, pages, lock))
+            level = Level(file, pages, lock)
+            if not level.is_sure_of_colors():
+                return []
         except ValueError:
             return []
+        levels.append(level)
     return levels
 
 

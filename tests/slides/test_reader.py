@@ -130,6 +130,39 @@ def test_damaged_tiles_are_found_and_named(tmp_path, pixels, kind):
         slide.read(600, 0, 400, 300)
 
 
+@pytest.mark.parametrize("lost", ["half", "block"])
+@pytest.mark.parametrize("photometric", ["rgb", "ycbcr"])
+@pytest.mark.parametrize("suffix", ["svs", "tif"])
+def test_lost_jpeg_data_is_damage(tmp_path, pixels, suffix, photometric, lost):
+    """libjpeg only warns of it, and makes up the rest of the tile. In Aperio's slides OpenSlide decides."""
+    path = tmp_path / f"a.{suffix}"
+    text = "Aperio Image Library v0\n1500x1100" if suffix == "svs" else None
+    options = {"photometric": photometric, "compression": "jpeg", "metadata": None, "description": text}
+    tifffile.imwrite(path, pixels, tile=(240, 240), **options)
+    with tifffile.TiffFile(path) as tiff:
+        where, length = tiff.pages[0].dataoffsets[0], tiff.pages[0].databytecounts[0]
+    with path.open("r+b") as file:
+        file.seek(where + length // 2)
+        file.write(bytes(length // 2 - 2 if lost == "half" else 512))
+    if suffix == "svs":
+        with openslide.OpenSlide(path) as reference:
+            try:
+                expected = np.asarray(reference.read_region((0, 0), 0, (100, 200)))
+            except openslide.OpenSlideError:
+                expected = None
+        if expected is not None:
+            with Slide(path) as slide:
+                assert np.array_equal(slide.pixels(0, 0, 100, 200), expected)
+            return
+    with Slide(path) as slide:
+        assert slide.read(500, 300, 400, 300).shape == (3, 300, 400)
+        with pytest.raises(ValueError, match="damaged at x = 0, y = 0 of 100 x 200 pixels"):
+            slide.read(0, 0, 100, 200)
+    with Slide(path, skip_damaged=True) as slide:
+        assert (slide.read(0, 0, 100, 200) == 255).all()
+        assert slide.damaged == [(0, 0, 240, 240)]
+
+
 @pytest.mark.parametrize("kept", [0.02, 0.5, 0.9, 0.99])
 def test_a_truncated_slide_is_found(tmp_path, pixels, kept, caplog):
     path = make_slide(tmp_path / "a.svs", pixels)

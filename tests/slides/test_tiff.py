@@ -4,6 +4,7 @@ import struct
 import threading
 from unittest.mock import Mock
 
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
@@ -11,7 +12,7 @@ from PIL import Image, ImageOps
 from synthetic import by_openslide, damage, make_slide, tissue, write_ome
 
 from stainnorm_transform.slides import Slide, is_slide
-from stainnorm_transform.slides.tiff_tiles import check_jpeg
+from stainnorm_transform.slides.jpeg import color_model, decode_jpeg, frame_of
 
 PIXELS = tissue(500, 700)
 HALF = np.ascontiguousarray(PIXELS[::2, ::2])
@@ -311,10 +312,16 @@ def test_damaged_jpeg_is_found(tmp_path, name):
     assert np.array_equal(whole(path, skip_damaged=True), good)
 
 
-def test_jpeg_of_absurd_size_is_refused_before_memory_is_asked_for():
-    data = b"\xff\xd8\xff\xc0" + struct.pack(">HBHHB", 11, 8, 65500, 65500, 1) + bytes(3) + b"\xff\xd9"
-    with pytest.raises(ValueError, match="tiles of 65500 x 65500 pixels"):
-        check_jpeg(data)
+def test_jpeg_of_absurd_size_is_refused_before_memory_is_asked_for(tmp_path):
+    path = write(tmp_path / "a.tif", PIXELS, compression="jpeg")
+
+    def absurd(data):
+        place = data.index(b"\xff\xc0") + 5
+        return data[:place] + struct.pack(">2H", 65500, 65500) + data[place + 4 :]
+
+    jpeg_tile(path, absurd)
+    with Slide(path) as slide, pytest.raises(ValueError, match="tiles of 65500 x 65500 pixels"):
+        slide.read(100, 50, 50, 50)
 
 
 @pytest.mark.parametrize("kind", ["Aperio", "TIFF", "strips", "OME"])
@@ -522,3 +529,32 @@ def test_a_resolution_may_be_given(tmp_path):
         Slide(path, mpp=0.5)
     with pytest.raises(ValueError, match="expected micrometers a pixel above 0, got nan"):
         Slide(path, mpp=float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("options", "model"),
+    [
+        ({"colorspace": "rgb", "outcolorspace": "ycbcr"}, "YCBCR"),
+        ({"colorspace": "rgb", "outcolorspace": "rgb"}, "RGB"),
+    ],
+)
+def test_jpeg_says_its_size_and_colors(options, model):
+    pixels = tissue(48, 64)
+    data = imagecodecs.jpeg8_encode(pixels, level=100, **options)
+    assert frame_of(data) == (64, 48, 3)
+    assert color_model(data) == model
+    # By the model that is said, or that of the TIFF where none is.
+    bare = unmarked(data)
+    assert color_model(bare) is None
+    out = decode_jpeg(bare, None, model)
+    assert np.array_equal(out, decode_jpeg(data, None, "RGB" if model == "YCBCR" else "YCBCR"))
+    assert np.array_equal(out[..., :3], imagecodecs.jpeg8_decode(data))
+    assert (out[..., 3] == 255).all()
+
+
+def unmarked(data):
+    """JPEG data without its markers of JFIF and Adobe."""
+    place, kept = 2, [data[:2]]
+    while data[place + 1] in (0xE0, 0xEE):
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return b"".join([*kept, data[place:]])
