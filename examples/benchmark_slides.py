@@ -84,7 +84,7 @@ class Methods:
         self.encode = encoder(FORMAT.quality)
         with Slide(path) as slide:
             self.width, self.height = slide.dimensions
-            self.fixed, self.offset, tiles, _ = slide_normalizer(slide, self.normalize, threads)
+            self.fixed, self.offset, tiles, *_ = slide_normalizer(slide, self.normalize, threads)
             places = np.array(list(corners(self.width, self.height, BLOCK)))
             self.places = np.random.default_rng(0).permutation(places)[:SAMPLED_BLOCKS].tolist()
             self.blocks = list(in_order(partial(self.block, slide), self.places, threads))

@@ -202,6 +202,9 @@ class NormalizeStain(_ImageTransform):
         def estimate() -> Tensor:
             return map_of(tissue_sums(self.network, image, self.preserve_white, dense), self.slopes)
 
+        # What hooks are given may be used with gradients.
+        if self.network._forward_hooks or self.network._forward_pre_hooks:
+            return estimate()
         return untracked(estimate, image, *self.network.buffers())
 
     @torch.no_grad()

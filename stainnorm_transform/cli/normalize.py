@@ -93,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--report",
         action="store_true",
-        help=f"also write DIR/{report.NAME}, a page to look at, which loads nothing: every file before and after, a "
+        help=f"also write DIR/{report.NAME}, a page of one file for any browser: every file before and after, a "
         "plot and a table of the offsets, and which files to look at",
     )
     _add_slide_options(parser.add_argument_group("slides"))

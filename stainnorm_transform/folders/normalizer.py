@@ -100,7 +100,10 @@ class FileNormalizer:
     def earlier(self, output: Path) -> Outcome:
         """The outcome of a file that an earlier run finished."""
         damaged = self.record.damaged(output)
-        return Outcome(earlier=True, note=f"{_parts(damaged)} became white, in an earlier run" if damaged else "")
+        note = f"{_parts(damaged)} became white, in an earlier run" if damaged else ""
+        if self.settings.offsets is None and self.record.basis(output).tiles is None:
+            note = _COPIED
+        return Outcome(earlier=True, note=note)
 
     def outcome(self, path: Path, output: Path, progress: Progress = lambda pixels, total: None) -> Outcome:
         """As ``normalize``, with whatever goes wrong."""
@@ -134,8 +137,10 @@ class FileNormalizer:
                 if chosen.slide_format.icc:
                     raise ValueError("few flat colors, as in a label mask, whose colors are not those of a stain")
                 return self._copied(source, path, output)
-            fixed, offset, tiles, error = slide_normalizer(slide, transform, threads)
-            shift = given or Shift(offset, cast(Tensor, fixed.fixed_map), tiles, error)
+            found = slide_normalizer(slide, transform, threads)
+            fixed, tiles = found.normalize, found.tiles
+            color_map = cast(Tensor, fixed.fixed_map)
+            shift = given or Shift(found.offset, color_map, tiles, found.left_out, found.standard_error)
             if chosen.slide_format.icc:
                 self._profile(source, slide, fixed, shift, output)
                 progress(total, total)
@@ -193,7 +198,8 @@ class FileNormalizer:
         beside: Mapping[Path, Path] = MappingProxyType({}),
     ) -> None:
         numbers = shift.offset.tolist(), shift.color_map.flatten().tolist()
-        self.record.add(source, output, *numbers, temporary, how, shift.tiles, shift.standard_error, beside)
+        basis = shift.tiles, shift.left_out, shift.standard_error
+        self.record.add(source, output, *numbers, temporary, how, basis, beside)
 
     def _given(self, path: Path) -> Shift | None:
         return None if self.settings.offsets is None else self.settings.offsets.of(path)

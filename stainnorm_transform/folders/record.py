@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
+from typing import NamedTuple
 
 from stainnorm_transform.files import check_regular, locked, version
 
@@ -21,7 +22,7 @@ NAME = "offsets.csv"
 MAP_FIELDS = ("map_a", "map_a_by_l", "map_a_by_a", "map_a_by_b", "map_b", "map_b_by_l", "map_b_by_a", "map_b_by_b")
 # What the map was estimated from: how many tiles with tissue (of an image 1, or 0 without tissue), and the standard
 # error of the offset in Lab units. Both are empty where nothing was estimated; an image has no standard error.
-BASIS_FIELDS = ("tiles", "standard_error")
+BASIS_FIELDS = ("tiles", "tiles_left_out", "standard_error")
 FIELDS = (
     "input",
     "output",
@@ -41,6 +42,20 @@ _HEADER_OF_OFFSETS = ",".join(name for name in FIELDS if name not in MAP_FIELDS 
 Source = tuple[str, str, str, str]
 # Before the number of damaged parts of a slide that became white, at the end of ``made_by``.
 DAMAGED = "damaged"
+
+
+class Basis(NamedTuple):
+    """What a map was estimated from: nothing, where it was given.
+
+    Attributes:
+        tiles: how many tiles with tissue; of an image 1, or 0.
+        left_out: how many more tiles of a slide have tissue, but do not count.
+        error: the standard error of the offset of a slide, in Lab units.
+    """
+
+    tiles: int | None = None
+    left_out: int | None = None
+    error: float | None = None
 
 
 def is_of_results(folder: Path) -> bool:
@@ -174,20 +189,21 @@ class Record:
         color_map: Iterable[float],
         temporary: Path,
         how: str = "",
-        tiles: int | None = None,
-        standard_error: float | None = None,
+        basis: tuple[int | None, int | None, float | None] = Basis(),
         beside: Mapping[Path, Path] = MappingProxyType({}),
     ) -> None:
         """Adds the line of an image that lies in ``temporary``, with what was taken away, and renames it to ``output``.
 
-        What only its making has shown of it, ``how``, is added to ``made_by``. ``tiles`` and ``standard_error`` say
-        what the map was estimated from. Files ``beside`` it are renamed first. Of several runs that make an image, the
+        What only its making has shown of it, ``how``, is added to ``made_by``. ``basis`` is what the
+        map was estimated from. Files ``beside`` it are renamed first. Of several runs that make an image, the
         last line is that of the file that stays.
         """
         path, made_by, *state = source
         name = self._name(output)
         numbers = [f"{value:.3f}" for value in offset] + [f"{value:.9g}" for value in color_map]
-        numbers += ["" if tiles is None else str(tiles), "" if standard_error is None else f"{standard_error:.3f}"]
+        tiles, left_out, error = basis
+        numbers += ["" if count is None else str(count) for count in (tiles, left_out)]
+        numbers.append("" if error is None else f"{error:.3f}")
         line = [path, name, *numbers, made_by + how, *state, *_state(temporary)]
         with self.adding, locked(self.handle):
             self._append(line)
@@ -204,11 +220,11 @@ class Record:
         """The map that was taken away, by rows: see ``MAP_FIELDS``."""
         return [float(text) for text in self._named(output, MAP_FIELDS)]
 
-    def basis(self, output: Path) -> tuple[int | None, float | None]:
-        """How many tiles with tissue a map was estimated from, and the standard error of its offset in Lab units."""
-        tiles, error = self._named(output, BASIS_FIELDS)
-        is_count = tiles.isdecimal() and len(tiles) < 10
-        return int(tiles) if is_count else None, float(error) if _is_number(error) else None
+    def basis(self, output: Path) -> Basis:
+        """What a map was estimated from."""
+        *counts, error = self._named(output, BASIS_FIELDS)
+        tiles, left_out = (int(text) if text.isdecimal() and len(text) < 10 else None for text in counts)
+        return Basis(tiles, left_out, float(error) if _is_number(error) else None)
 
     def _named(self, output: Path, fields: tuple[str, ...]) -> list[str]:
         start = FIELDS.index(fields[0])

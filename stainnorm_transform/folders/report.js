@@ -23,18 +23,19 @@
 
   const COLUMNS = [
     { title: "File", of: (file) => file.name },
+    // Those with most flags come first, and of those the gravest.
+    { title: "Flags", of: (file) => (file.flags.length ? [9 - file.flags.length, ...file.flags.map(gravity)].join() : null) },
     { title: "Kind", of: (file) => file.kind },
     { title: "Offset a*", number: true, of: (file) => file.offset && file.offset[0], show: signed },
     { title: "Offset b*", number: true, of: (file) => file.offset && file.offset[1], show: signed },
     { title: "Length", number: true, of: (file) => file.offset && Math.hypot(...file.offset), show: (value) => value.toFixed(1) },
     { title: "Tiles", number: true, of: (file) => file.tiles, show: String },
+    { title: "Left out", number: true, of: (file) => file.left_out, show: String },
     { title: "Standard error", number: true, of: (file) => file.error, show: (value) => value.toFixed(2) },
-    // Those with most flags come first, and of those the gravest.
-    { title: "Flags", of: (file) => (file.flags.length ? [9 - file.flags.length, ...file.flags.map(gravity)].join() : null) },
   ];
   const gravity = (flag) => Object.keys(flags).indexOf(flag);
   const described = (file) =>
-    !file.offset ? "not normalized" : file.tiles === 0 ? "unchanged" : `a* ${signed(file.offset[0])}, b* ${signed(file.offset[1])}`;
+    !file.offset ? "not normalized" : file.tiles === 0 || (file.tiles === null && !run.given) ? "unchanged" : `taken away: a* ${signed(file.offset[0])}, b* ${signed(file.offset[1])}`;
   const flagsOf = (file) => file.flags.map((flag) => make("span", { class: "flag" }, flag))
     .flatMap((element, index) => (index ? [", ", element] : [element]));
 
@@ -59,7 +60,7 @@
       if (count)
         byId("flags").append(make("dt", {}, make("span", { class: "flag" }, flag), ` (${count})`), make("dd", {}, meaning));
     }
-    if (!byId("flags").children.length) byId("flags").replaceWith(make("p", {}, "No file is flagged."));
+    if (!byId("flags").children.length) byId("flags").replaceWith(make("p", {}, "No file is flagged: none of these warnings applies. That does not say that the colors are right: look at the pictures."));
   }
 
   // --- the table

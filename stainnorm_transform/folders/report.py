@@ -139,6 +139,7 @@ def _data(normalizer: FileNormalizer, entries: list[Entry], earlier: int) -> dic
                 "kind": "slide" if entry.is_slide else "image",
                 "offset": entry.offset,
                 "tiles": entry.tiles,
+                "left_out": entry.left_out,
                 "error": entry.standard_error,
                 "flags": flags_of(entry, usual),
                 "message": entry.message,

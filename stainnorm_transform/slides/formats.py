@@ -121,11 +121,12 @@ def packages() -> tuple[Any, Any]:
     """OpenSlide and tifffile.
 
     Raises:
-        ImportError: they, or imagecodecs, are not installed.
+        ImportError: they, imagecodecs or simplejpeg are not installed.
     """
     try:
         import imagecodecs  # noqa: F401
         import openslide
+        import simplejpeg  # type: ignore[import-untyped]  # noqa: F401
         import tifffile
     except (ImportError, OSError) as error:
         raise ImportError(

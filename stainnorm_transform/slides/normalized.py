@@ -160,6 +160,8 @@ class NormalizedSlide(openslide.AbstractSlide):
             level: 0 is the largest.
             size: (width, height) in pixels of ``level``.
         """
+        if 0 in size:
+            return Image.new("RGBA", size)
         pixels = self._normalized(self._here().pixels(*location, *size, level))
         pixels[..., 3] = 255
         self._clear_outside(pixels, location, level)

@@ -49,12 +49,15 @@ class SlideNormalizer(NamedTuple):
             before, from a usual color.
         tiles: how many tiles with tissue it is based on; None if the map was fixed before.
         standard_error: of the offset, in Lab units, see ``estimate.standard_error_of``; None for fewer than two tiles.
+        left_out: how many tiles with tissue do not count, as their color is far from that of most others; they do not
+            show in the standard error. None if the map was fixed before.
     """
 
     normalize: NormalizeStain
     offset: Tensor
     tiles: int | None
     standard_error: float | None
+    left_out: int | None
 
 
 def slide_normalizer(slide: Slide, normalize: NormalizeStain, threads: int | None = None) -> SlideNormalizer:
@@ -72,7 +75,7 @@ def slide_normalizer(slide: Slide, normalize: NormalizeStain, threads: int | Non
         The transform, which takes away nothing where no tissue was found, and what it is based on.
     """
     if normalize.fixed_map is not None:
-        return SlideNormalizer(normalize, normalize.fixed_map[:, 0], None, None)
+        return SlideNormalizer(normalize, normalize.fixed_map[:, 0], None, None, None)
     threads = threads or cores()
     side = sampled_side(slide)
     device = normalize.network.device
@@ -95,7 +98,7 @@ def slide_normalizer(slide: Slide, normalize: NormalizeStain, threads: int | Non
     total = counted.sum(dim=0)
     fixed = normalize.with_map(map_of(total, normalize.slopes))
     error = float(standard_error_of(counted)) if len(counted) > 1 else None
-    return SlideNormalizer(fixed, offset_of(total), len(counted), error)
+    return SlideNormalizer(fixed, offset_of(total), len(counted), error, len(sums) - len(counted))
 
 
 def sampled_side(slide: Slide) -> int:

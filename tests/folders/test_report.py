@@ -191,6 +191,8 @@ def entry(a=0.0, b=0.0, folder="x", **more):
         ({"tiles": None, "standard_error": None}, []),
         ({"standard_error": 1.0}, []),
         ({"standard_error": 1.001}, ["tiles disagree"]),
+        ({"tiles": 80, "left_out": 20}, []),
+        ({"tiles": 79, "left_out": 21}, ["tiles disagree"]),
         ({"tiles": 3, "standard_error": 2.5, "damaged": 2}, ["damaged", "few tiles", "tiles disagree"]),
     ],
 )

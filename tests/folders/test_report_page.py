@@ -116,7 +116,7 @@ def mean_color(element):
 def test_it_shows_every_file_with_its_flags(page):
     assert page.title == page.find_element(By.TAG_NAME, "h1").text == "Stain normalization report"
     assert len(names(page)) == len(shown(page, ".card h3")) == 12
-    flags = dict(zip(names(page), column(page, 8), strict=True))
+    flags = dict(zip(names(page), column(page, 2), strict=True))
     found = {name: text.split("\n")[0] for name, text in flags.items() if text}
     assert found == {
         "<img src=x onerror=alert(1)>.png": "failed",
@@ -162,10 +162,10 @@ def test_arrow_keys_move_the_slider_from_before_to_after(page, folder):
 
 def test_the_table_sorts_by_clicks_and_keys(page):
     def numbers():
-        texts = [text.replace("\u2212", "-") for text in column(page, 3)]
+        texts = [text.replace("\u2212", "-") for text in column(page, 4)]
         return [float(text) for text in texts if text != "\u2013"], texts
 
-    head = page.find_element(By.CSS_SELECTOR, "thead th:nth-child(3)")
+    head = page.find_element(By.CSS_SELECTOR, "thead th:nth-child(4)")
     button = head.find_element(By.TAG_NAME, "button")
     assert head.get_attribute("aria-sort") is None
     button.click()
@@ -180,10 +180,10 @@ def test_the_table_sorts_by_clicks_and_keys(page):
     assert found == sorted(found, reverse=True)
     assert texts[-1] == "\u2013"
     assert head.get_attribute("aria-sort") == "descending"
-    flags = page.find_element(By.CSS_SELECTOR, "thead th:nth-child(8)")
+    flags = page.find_element(By.CSS_SELECTOR, "thead th:nth-child(2)")
     flags.find_element(By.TAG_NAME, "button").send_keys(Keys.SPACE)
     assert head.get_attribute("aria-sort") is None
-    assert [text.split("\n")[0] for text in column(page, 8)[:5]] == ["failed", "no tissue", "few tiles", "far", ""]
+    assert [text.split("\n")[0] for text in column(page, 2)[:5]] == ["failed", "no tissue", "few tiles", "far", ""]
 
 
 def test_the_filter_shows_fewer(page):
@@ -210,7 +210,7 @@ def test_a_dot_opens_its_file(page):
     dots = page.find_elements(By.CSS_SELECTOR, "#plot a")
     assert len(dots) == 10  # not of the file that failed, nor of the one without tissue
     dot = page.find_element(By.CSS_SELECTOR, f"#plot a[data-file='{index}']")
-    assert dot.accessible_name.startswith("near/other.png, a* ")
+    assert dot.accessible_name.startswith("near/other.png, taken away: a* ")
     assert dot.accessible_name.endswith(", far")
     page.execute_script("arguments[0].scrollIntoView({block: 'center'})", dot)
     dot.click()

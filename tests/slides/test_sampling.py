@@ -88,7 +88,7 @@ def test_blank_slides_have_no_map(tmp_path, normalize):
     for levels in ((), (4,)):
         path = make_slide(tmp_path / "a.svs", np.full((600, 700, 3), 243, np.uint8), levels=levels)
         with Slide(path) as slide:
-            fixed, offset, tiles, _ = slide_normalizer(slide, normalize)
+            fixed, offset, tiles, *_ = slide_normalizer(slide, normalize)
         assert tiles == 0
         assert torch.equal(fixed.fixed_map, torch.zeros(2, 4))
         assert offset.tolist() == [0, 0]
@@ -97,7 +97,7 @@ def test_blank_slides_have_no_map(tmp_path, normalize):
 def test_a_fixed_map_is_taken(slide_path, normalize):
     given_one = NormalizeStain(normalize.network, fixed_map=torch.tensor([[3.0, 0, 0.5, 0], [-4, 0, 0, 0]]))
     with Slide(slide_path) as slide:
-        fixed, offset, tiles, _ = slide_normalizer(slide, given_one)
+        fixed, offset, tiles, *_ = slide_normalizer(slide, given_one)
     assert fixed is given_one
     assert offset.tolist() == [3, -4]
     assert tiles is None
@@ -115,7 +115,7 @@ def test_slides_smaller_than_a_tile_have_a_map(tmp_path, normalize):
 def test_a_target_of_offsets_alone_gives_a_slide_one(slide_path, normalize):
     plain = NormalizeStain(normalize.network, slopes=False)
     with Slide(slide_path) as slide:
-        fixed, offset, _, _ = slide_normalizer(slide, plain)
+        fixed, offset, _, *_ = slide_normalizer(slide, plain)
     assert torch.equal(fixed.fixed_map[:, 0], offset)
     assert not fixed.fixed_map[:, 1:].any()
 
@@ -133,7 +133,7 @@ def test_pen_on_part_of_the_tissue_hardly_moves_the_map(tmp_path, normalize):
     maps, offsets = [], []
     for pixels in (clean, marked):
         with Slide(make_slide(tmp_path / "a.svs", pixels, levels=(4, 16))) as slide:
-            fixed, offset, _, _ = slide_normalizer(slide, normalize)
+            fixed, offset, _, *_ = slide_normalizer(slide, normalize)
         maps.append(fixed.fixed_map)
         offsets.append(offset)
     tiles = torch.from_numpy(marked).permute(2, 0, 1).unfold(1, 256, 256).unfold(2, 256, 256).permute(1, 2, 0, 3, 4)
@@ -200,7 +200,17 @@ def test_the_map_finds_a_known_shift(tmp_path, normalize):
     offsets = {}
     for name in LABS:
         with Slide(make_slide(tmp_path / "a.svs", tissue(1024, 1024, name))) as slide:
-            fixed, offsets[name], _, _ = slide_normalizer(slide, normalize)
+            fixed, offsets[name], _, *_ = slide_normalizer(slide, normalize)
             again = fixed(slide.read(0, 0, 1024, 1024))
         assert normalize.estimate_offset(again).norm() < offsets[name].norm() / 2
     assert (offsets["lab_a"] - offsets["lab_b"]).norm() > 10
+
+
+def test_tiles_that_differ_from_most_are_left_out_and_counted(tmp_path, normalize):
+    pixels = tissue(2048, 2048)
+    pixels[:512] = tissue(512, 2048, "lab_b")
+    with Slide(make_slide(tmp_path / "a.svs", pixels, levels=(4, 16))) as slide:
+        found = slide_normalizer(slide, normalize)
+        assert (found.tiles, found.left_out) == (48, 16)
+        assert found.standard_error < 0.5
+        assert slide_normalizer(slide, found.normalize)[2:] == (None, None, None)

@@ -198,3 +198,13 @@ def test_a_map_that_was_estimated_without_gradients_can_be_used_with_them(tile, 
     image = (tile / 255).requires_grad_()
     (random_normalize.estimate_map(image) * factor).sum().backward()
     assert image.grad.abs().sum() > 0
+
+
+def test_what_a_hook_is_given_can_be_used_with_gradients(tile, random_normalize):
+    kept = []
+    handle = random_normalize.network.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    random_normalize.estimate_map(tile)
+    handle.remove()
+    factor = torch.ones((), requires_grad=True)
+    (kept[0] * factor).sum().backward()
+    torch.testing.assert_close(factor.grad, kept[0].sum())
