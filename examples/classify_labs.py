@@ -11,7 +11,6 @@ each run. An interrupted call goes on with --resume.
 
 import argparse
 import dataclasses
-import importlib.util
 import itertools
 import json
 import sys
@@ -24,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from lab_colors import METHODS, Method, change_of, library_of, quiet
-from lab_figures import Run, measure, plot, print_table
+from lab_figures import Run, check_outputs, measure, plot, print_table
 from lab_images import Data, Labeled, digest, find_images, split_lab
 from lab_models import Encoder, Recipe, build, check_side, embed, fit_probe, load_encoder, logits, probability, train
 from tqdm import tqdm
@@ -84,11 +83,7 @@ def evaluate(options: argparse.Namespace) -> list[Run]:
     for name in ("seeds", "steps", "batch", "side", "limit"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"expected --{name} of 1 or more, got {getattr(options, name)}")
-    for path in (options.json, options.plot):
-        if path and not path.absolute().parent.is_dir():
-            raise ValueError(f"expected a folder that is there for {path}, got none: make it first")
-    if options.plot and not importlib.util.find_spec("matplotlib"):
-        raise ValueError('expected matplotlib for --plot, got none: run pip install -e ".[evidence]"')
+    check_outputs(options.json, options.plot)
     if options.batch == 1:
         raise ValueError("expected --batch of 2 or more, one image of each label, got 1")
     device = choose_device(options.device)

@@ -1,5 +1,6 @@
 """The figures of classify_labs.py: of one model in one lab, and the table and plot of all."""
 
+import importlib.util
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,15 @@ labs. ± standard deviation over seeds, of the split, the model and the referenc
 of the other labs. Above nothing: difference of the AUC across, resampled alike. ECE: expected calibration error,
 {bins} bins, inside and across. n: images.
 """
+
+
+def check_outputs(json: Path | None, picture: Path | None) -> None:
+    """Raises ValueError where what is measured could not be written."""
+    for path in (json, picture):
+        if path and not path.absolute().parent.is_dir():
+            raise ValueError(f"expected a folder that is there for {path}, got none: make it first")
+    if picture and not importlib.util.find_spec("matplotlib"):
+        raise ValueError('expected matplotlib for --plot, got none: run pip install -e ".[evidence]"')
 
 
 def measure(labels: np.ndarray, scores: np.ndarray, units: Sequence[str]) -> Run:

@@ -72,9 +72,9 @@ def find_images(folders: Sequence[Path], labels: Sequence[str], limit: int | Non
     return found if limit is None else draw(found, limit)
 
 
-def draw(images: Sequence[Labeled], limit: int) -> list[Labeled]:
+def draw(images: Sequence[Labeled], limit: int, seed: int = 0) -> list[Labeled]:
     """At most ``limit`` of each lab and label."""
-    order = np.random.default_rng(0).permutation(len(images))
+    order = np.random.default_rng(seed).permutation(len(images))
     seen: Counter[tuple[str, int]] = Counter()
     kept = []
     for number in order:

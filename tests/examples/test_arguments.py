@@ -19,6 +19,10 @@ MISSING = {
         "nowhere",
         "expected images of two labs or more, got none in nowhere: give folders that hold LAB/LABEL",
     ),
+    "robustness_index": (
+        "nowhere",
+        "expected images of two labs or more, got none in nowhere: give folders that hold LAB/LABEL",
+    ),
     "finetune_resnet": ("--data nowhere", "expected a folder with one folder of images a class, like examples/tiles"),
     "lightning_module": ("--data nowhere", "expected a folder with one folder of images a class, like examples/tiles"),
     "embed_tiles": ("--slides nowhere", "expected a folder with one folder of tiles a slide, like examples/tiles"),
