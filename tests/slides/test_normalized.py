@@ -177,7 +177,9 @@ def test_what_cannot_be_read_says_why(tmp_path, path, normalize):
         with pytest.raises(ValueError, match="level from 0 to 1, got 2"):
             slide.read_region((0, 0), 2, (10, 10))
         with pytest.raises(ValueError, match="1 x 1 pixels or more"):
-            slide.read_region((0, 0), 0, (0, 10))
+            slide.read_region((0, 0), 0, (-1, 10))
+        # Like OpenSlide.
+        assert slide.read_region((0, 0), 0, (0, 10)).size == (0, 10)
     with pytest.raises(ValueError, match=r"a\.svs is closed"):
         slide.read_region((0, 0), 0, (10, 10))
     with pytest.raises(ValueError, match="closed"):
