@@ -224,6 +224,7 @@ def test_blur_is_of_two_pixels_in_256():
 
 
 def test_normalization_makes_the_features_forget_the_lab(folder, tmp_path, call, monkeypatch):
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install -e '.[evidence]'")
     monkeypatch.setattr(robustness_index, "RESAMPLES", 100)
     out, picture = tmp_path / "figures.json", tmp_path / "features.png"
     names = ["nothing", "gray", "colornormnet", "control"]
