@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,31 +21,39 @@ _APP0, _APP14 = 0xE0, 0xEE
 _COLOR_MODEL = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00"
 
 
-def check_jpeg(data: bytes) -> None:
-    """Raises ValueError for data that ends early, or has other segments than JPEG has."""
-    for _ in _segments(data):
-        pass
+class Frame(NamedTuple):
+    """What JPEG data says of itself.
+
+    Attributes:
+        width: in pixels.
+        height: in pixels.
+        channels: how many.
+        model: RGB or YCBCR, as a marker of JFIF or Adobe says, or None where there is none.
+    """
+
+    width: int
+    height: int
+    channels: int
+    model: str | None
 
 
-def color_model(data: bytes) -> str | None:
-    """RGB or YCBCR, as a marker of JFIF or Adobe in the data says, or None where there is none."""
-    segments = list(_segments(data))
-    if any(marker == _APP0 and content.startswith(b"JFIF") for marker, content in segments):
-        return "YCBCR"
-    adobe = [content for marker, content in segments if marker == _APP14 and content.startswith(b"Adobe")]
-    return None if not adobe else "RGB" if adobe[-1][11:12] == b"\0" else "YCBCR"
-
-
-def frame_of(data: bytes) -> tuple[int, int, int]:
-    """(width, height, channels) that data says it has.
+def frame_of(data: bytes) -> Frame:
+    """What JPEG data says of itself.
 
     Raises:
-        ValueError: it is damaged, or does not say it.
+        ValueError: it ends early, has other segments than JPEG has, or does not say its size.
     """
+    size, model, is_jfif = None, None, False
     for marker, content in _segments(data):
         if marker in _SIZES and len(content) >= 6:
-            return int.from_bytes(content[3:5], "big"), int.from_bytes(content[1:3], "big"), content[5]
-    raise ValueError("JPEG data does not say its size")
+            size = size or (int.from_bytes(content[3:5], "big"), int.from_bytes(content[1:3], "big"), content[5])
+        is_jfif = is_jfif or (marker == _APP0 and content.startswith(b"JFIF"))
+        if marker == _APP14 and content.startswith(b"Adobe"):
+            model = "RGB" if content[11:12] == b"\0" else "YCBCR"
+    if size is None:
+        raise ValueError("JPEG data does not say its size")
+    # JFIF knows no other.
+    return Frame(*size, "YCBCR" if is_jfif else model)
 
 
 def decode_jpeg(data: bytes, tables: bytes | None, model: str) -> Pixels:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from stainnorm_transform.slides.jpeg import check_jpeg, color_model, decode_jpeg, frame_of
+from stainnorm_transform.slides.jpeg import Frame, decode_jpeg, frame_of
 from stainnorm_transform.slides.tables import Pixels
 
 # No scanner writes larger tiles, and OpenSlide ends the process where memory for one is missing.
@@ -106,7 +106,8 @@ class Level:
         """Whether all decoders read the first tile in the same colors: no JPEG says others than the TIFF around it."""
         named = self._page.photometric.name
         if self._is_jpeg:
-            return color_model(self._read(self._page.dataoffsets[0], self._page.databytecounts[0])) in (None, named)
+            first = self._read(self._page.dataoffsets[0], self._page.databytecounts[0])
+            return frame_of(first).model in (None, named)
         return bool(named == "RGB")
 
     def place(self, column: int, row: int) -> tuple[int, int, int, int]:
@@ -189,16 +190,16 @@ class Level:
                 return None
             data = self._read(offset, size)
             if self._is_jpeg:
-                self._check_jpeg(data)
-                if self._is_rgb and color_model(data) in (None, page.photometric.name):
+                frame = frame_of(data)
+                self._check(frame)
+                if self._is_rgb and frame.model in (None, page.photometric.name):
                     return decode_jpeg(data, page.jpegtables, page.photometric.name)
             planes.append(page.decode(data, number, jpegtables=page.jpegtables)[0][0])
         return self._in_rgb(np.concatenate(planes, axis=-1) if len(planes) > 1 else planes[0])
 
-    def _check_jpeg(self, data: bytes) -> None:
-        width, height, channels = frame_of(data)
+    def _check(self, frame: Frame) -> None:
+        width, height, channels, _ = frame
         check_tile(width, height)
-        check_jpeg(data)
         if self._page.is_tiled and (width, height) != (self.tile_width, self.tile_height):
             raise ValueError(f"JPEG data of {width} x {height} pixels in a tile of another size")
         if self._is_rgb and channels != 3:

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from synthetic import by_openslide, damage, make_slide, tissue, write_ome
 
 from stainnorm_transform.slides import Slide, is_slide
-from stainnorm_transform.slides.jpeg import color_model, decode_jpeg, frame_of
+from stainnorm_transform.slides.jpeg import decode_jpeg, frame_of
 
 PIXELS = tissue(500, 700)
 HALF = np.ascontiguousarray(PIXELS[::2, ::2])
@@ -541,11 +541,10 @@ def test_a_resolution_may_be_given(tmp_path):
 def test_jpeg_says_its_size_and_colors(options, model):
     pixels = tissue(48, 64)
     data = imagecodecs.jpeg8_encode(pixels, level=100, **options)
-    assert frame_of(data) == (64, 48, 3)
-    assert color_model(data) == model
+    assert frame_of(data) == (64, 48, 3, model)
     # By the model that is said, or that of the TIFF where none is.
     bare = unmarked(data)
-    assert color_model(bare) is None
+    assert frame_of(bare) == (64, 48, 3, None)
     out = decode_jpeg(bare, None, model)
     assert np.array_equal(out, decode_jpeg(data, None, "RGB" if model == "YCBCR" else "YCBCR"))
     assert np.array_equal(out[..., :3], imagecodecs.jpeg8_decode(data))
