@@ -15,7 +15,7 @@ def eager_on_cpu(*tensors: Tensor) -> bool:
 
 
 def untracked(function: Callable[[], Tensor], *tensors: Tensor) -> Tensor:
-    """What a function of these tensors gives, by inference mode on the CPU: many small operations take a fifth less.
+    """What a function of these tensors gives, by inference mode on the CPU, where each small operation takes less.
 
     As ever, where a gradient is recorded.
     """

@@ -24,7 +24,7 @@ from stainnorm_transform.files import temporary_beside
 from stainnorm_transform.folders import images
 from stainnorm_transform.folders.offsets import Offsets, Shift
 from stainnorm_transform.folders.outcome import FULL, Outcome
-from stainnorm_transform.folders.record import DAMAGED, Record, Source
+from stainnorm_transform.folders.record import DAMAGED, Basis, Record, Source
 from stainnorm_transform.resources import choose_device, one_torch_thread
 from stainnorm_transform.slides import Slide, SlideFormat, formats, is_slide, slide_normalizer, write_slide
 from stainnorm_transform.slides.profile import color_cube, color_profile
@@ -140,7 +140,8 @@ class FileNormalizer:
             found = slide_normalizer(slide, transform, threads)
             fixed, tiles = found.normalize, found.tiles
             color_map = cast(Tensor, fixed.fixed_map)
-            shift = given or Shift(found.offset, color_map, tiles, found.left_out, found.standard_error)
+            basis = Basis(tiles, found.left_out, found.standard_error)
+            shift = given or Shift(found.offset, color_map, basis)
             if chosen.slide_format.icc:
                 self._profile(source, slide, fixed, shift, output)
                 progress(total, total)
@@ -198,8 +199,7 @@ class FileNormalizer:
         beside: Mapping[Path, Path] = MappingProxyType({}),
     ) -> None:
         numbers = shift.offset.tolist(), shift.color_map.flatten().tolist()
-        basis = shift.tiles, shift.left_out, shift.standard_error
-        self.record.add(source, output, *numbers, temporary, how, basis, beside)
+        self.record.add(source, output, *numbers, temporary, how, shift.basis, beside)
 
     def _given(self, path: Path) -> Shift | None:
         return None if self.settings.offsets is None else self.settings.offsets.of(path)
@@ -242,7 +242,7 @@ def _normalized(transform: NormalizeStain, image: Image.Image, suffix: str, shif
     if shift is None:
         with one_torch_thread(), torch.inference_mode():
             sums = tissue_sums(transform.network, seen, transform.preserve_white)
-        shift = _finite(Shift(offset_of(sums), map_of(sums, transform.slopes), int(sums[0, 0] > 0)))
+        shift = _finite(Shift(offset_of(sums), map_of(sums, transform.slopes), Basis(int(sums[0, 0] > 0))))
     after = to_pil_image(shift_ab(colors, -shift.color_map, transform.preserve_white).cpu())
     if image.mode == "RGBA":
         after.putalpha(image.getchannel("A"))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stainnorm_transform.color import as_map
-from stainnorm_transform.folders.record import MAP_FIELDS
+from stainnorm_transform.folders.record import MAP_FIELDS, Basis
 
 
 class Shift(NamedTuple):
@@ -23,16 +23,12 @@ class Shift(NamedTuple):
     Attributes:
         offset: from the mean color of its tissue, (2,): a*, b* in Lab units.
         color_map: the map (2, 4), see ``color.shift_ab``.
-        tiles: how many tiles with tissue it was estimated from, 1 or 0 for an image; None where it was not estimated.
-        left_out: how many more tiles of a slide have tissue, but do not count, as their color is far from most others.
-        standard_error: of the offset of a slide, in Lab units; None where it has none.
+        basis: what it was estimated from.
     """
 
     offset: Tensor
     color_map: Tensor
-    tiles: int | None = None
-    left_out: int | None = None
-    standard_error: float | None = None
+    basis: Basis = Basis()
 
     @classmethod
     def of_offset(cls, a: float, b: float) -> Shift:

@@ -58,6 +58,9 @@ class Basis(NamedTuple):
     error: float | None = None
 
 
+NOTHING = Basis()
+
+
 def is_of_results(folder: Path) -> bool:
     """Whether a folder has a record, so that its images are results."""
     try:
@@ -189,7 +192,7 @@ class Record:
         color_map: Iterable[float],
         temporary: Path,
         how: str = "",
-        basis: tuple[int | None, int | None, float | None] = Basis(),
+        basis: Basis = NOTHING,
         beside: Mapping[Path, Path] = MappingProxyType({}),
     ) -> None:
         """Adds the line of an image that lies in ``temporary``, with what was taken away, and renames it to ``output``.
