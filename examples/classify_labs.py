@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from lab_colors import METHODS, Method, change_of, library_of, quiet
-from lab_figures import Run, check_outputs, measure, plot, print_table
+from lab_figures import Run, check_outputs, earlier_figures, measure, plot, print_table
 from lab_images import Data, Labeled, digest, find_images, split_lab
 from lab_models import Encoder, Recipe, build, check_side, embed, fit_probe, load_encoder, logits, probability, train
 from tqdm import tqdm
@@ -217,14 +217,7 @@ def earlier_runs(options: argparse.Namespace, settings: Run) -> list[Run]:
         return []
     if not options.resume:
         raise ValueError(f"expected a file that is not there yet, got {path}: add --resume to go on, or take it away")
-    try:
-        content = json.loads(path.read_text())
-        earlier, runs = content["settings"], content["runs"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"expected figures that this script wrote, got {path}: take it away") from error
-    if other := [name for name in settings if earlier.get(name) != settings[name]]:
-        raise ValueError(f"expected {path} to have the same {' and '.join(other)}, got others: give another --json")
-    return runs
+    return earlier_figures(path, settings, "runs")
 
 
 def write(path: Path, settings: Run, runs: Sequence[Run]) -> None:

@@ -25,7 +25,7 @@ from classify_labs import pool_of
 from kornia.color import lab_to_rgb, rgb_to_lab
 from lab_colors import METHODS, REFERENCED, change_of, library_of
 from lab_features import measure
-from lab_figures import RESAMPLES, check_outputs, interval, spread
+from lab_figures import RESAMPLES, check_outputs, earlier_figures, interval, spread
 from lab_images import Change, Data, Labeled, digest, draw, of_folders, of_wilds
 from lab_models import LITE, embed, load_encoder
 from sklearn.manifold import TSNE
@@ -185,14 +185,7 @@ def earlier(path: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
     """The methods that a file has, so that an interrupted call goes on."""
     if path is None or not path.exists():
         return {}
-    try:
-        content = json.loads(path.read_text())
-        before, rows = content["settings"], content["methods"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"expected figures that this script wrote, got {path}: give another --json") from error
-    if other := [name for name in settings if before.get(name) != settings[name]]:
-        raise ValueError(f"expected {path} to have the same {' and '.join(other)}, got others: give another --json")
-    return rows
+    return earlier_figures(path, settings, "methods")
 
 
 def then(change: Change, after: Callable[[Tensor], Tensor]) -> Change:

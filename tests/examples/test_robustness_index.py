@@ -57,19 +57,6 @@ def call(monkeypatch, capsys):
     return call
 
 
-@pytest.fixture
-def refuse(call, capsys):
-    """Runs the example, which must end in a message, and returns that."""
-
-    def refuse(*arguments):
-        with pytest.raises(SystemExit) as end:
-            call(*arguments)
-        assert end.value.code == 2
-        return " ".join(capsys.readouterr().err.split())
-
-    return refuse
-
-
 # --- Neighbors.
 
 # On a circle, so that the nearest are those of the nearest angle.
