@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from stainnorm_transform import cie, strips
 from stainnorm_transform.eager import eager_on_cpu, is_eager, is_wrapped
+from stainnorm_transform.resources import safe_after_fork
 
 with warnings.catch_warnings():
     # kornia makes TorchScript functions as it is imported, of which newer versions of torch warn.
@@ -126,7 +127,8 @@ def shift_ab(image: Tensor, shift: Tensor, preserve_white: bool = True, darkness
         rows.append(darkness.to(image.device).clamp(max=_LARGEST).expand(leading))
     tracked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (image, *rows))
     if is_on_cpu and not tracked:
-        return _on_cpu(image, preserve_white, *rows)
+        with safe_after_fork():
+            return _on_cpu(image, preserve_white, *rows)
     if image.device.type == "cuda" and is_eager(image, *rows) and not tracked:
         return _on_cuda(image, preserve_white, *rows)
     moved = one_by_one(functools.partial(_at_once, preserve_white), image, *rows)

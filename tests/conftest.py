@@ -74,6 +74,27 @@ def run(trained, tmp_path):
     return run
 
 
+@pytest.fixture
+def refuse(call, capsys):
+    """Runs an example by the fixture ``call`` of a test file; it must end in a message, which is returned."""
+
+    def refuse(*arguments):
+        with pytest.raises(SystemExit) as end:
+            call(*arguments)
+        assert end.value.code == 2
+        return " ".join(capsys.readouterr().err.split())
+
+    return refuse
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def as_a_new_process():
     files.remove_leftovers.cache_clear()

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from stainnorm_transform.files import version
-from stainnorm_transform.resources import cores
+from stainnorm_transform.resources import cores, safe_after_fork
 from stainnorm_transform.slides.reader import Slide
 from stainnorm_transform.slides.sampling import slide_normalizer, tissue_shares
 from stainnorm_transform.transform import NormalizeStain
@@ -118,9 +118,10 @@ class SlideTiles(Dataset[dict[str, Any]]):
         if self._read_side != self.side:
             whole = Image.fromarray(image.permute(1, 2, 0).numpy())
             image = pil_to_tensor(whole.resize((self.side, self.side), Image.Resampling.BICUBIC))
-        if self.normalize is not None:
-            image = self.normalize(image)
-        return {"image": image.contiguous(), "x": x, "y": y, "level": self.level}
+        with safe_after_fork():
+            if self.normalize is not None:
+                image = self.normalize(image)
+            return {"image": image.contiguous(), "x": x, "y": y, "level": self.level}
 
     def _slide(self) -> Slide:
         found = self.path.stat()

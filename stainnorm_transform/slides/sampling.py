@@ -24,7 +24,7 @@ from stainnorm_transform.estimate import (
     tissue_sums,
     without_outliers,
 )
-from stainnorm_transform.resources import cores, in_order, one_torch_thread
+from stainnorm_transform.resources import cores, in_order, one_torch_thread, safe_after_fork
 from stainnorm_transform.slides.reader import Slide
 from stainnorm_transform.transform import NormalizeStain
 
@@ -130,10 +130,11 @@ def tissue_shares(slide: Slide, side: float, threads: int) -> NDArray[np.float32
     if not columns or not rows:
         return np.zeros((0, 0), np.float32)
     small, scale = slide.reduced(max(1.0, side / MAP_SCALE), threads)
-    lab = rgb_to_lab(torch.from_numpy(small[..., :3]).permute(2, 0, 1)[None] / 255)
-    low, high = TISSUE_LIGHTNESS
-    colored = lab[:, 1:2] ** 2 + lab[:, 2:] ** 2 > TISSUE_CHROMA**2
-    tissue = (colored & (lab[:, :1] > low) & (lab[:, :1] < high)).float()
-    whole = tissue[..., : max(1, round(rows * side / scale)), : max(1, round(columns * side / scale))]
-    shares: NDArray[np.float32] = F.adaptive_avg_pool2d(whole, (rows, columns))[0, 0].numpy()
+    with safe_after_fork():
+        lab = rgb_to_lab(torch.from_numpy(small[..., :3]).permute(2, 0, 1)[None] / 255)
+        low, high = TISSUE_LIGHTNESS
+        colored = lab[:, 1:2] ** 2 + lab[:, 2:] ** 2 > TISSUE_CHROMA**2
+        tissue = (colored & (lab[:, :1] > low) & (lab[:, :1] < high)).float()
+        whole = tissue[..., : max(1, round(rows * side / scale)), : max(1, round(columns * side / scale))]
+        shares: NDArray[np.float32] = F.adaptive_avg_pool2d(whole, (rows, columns))[0, 0].numpy()
     return shares

@@ -1,5 +1,6 @@
 """The tissue of a slide as a dataset."""
 
+import multiprocessing
 import os
 import pickle
 from pathlib import Path
@@ -75,6 +76,19 @@ def test_tiles_go_through_a_data_loader(slide_path, normalize, workers, context)
     assert torch.equal(torch.cat([batch["image"] for batch in batches]), torch.stack([t["image"] for t in tiles]))
     assert torch.cat([batch["x"] for batch in batches]).tolist() == [x for x, _ in tiles.corners]
     assert batches[0]["level"].tolist() == [0] * 8
+
+
+def first_tile(path, normalize):
+    return SlideTiles(path, normalize, side=200)[0]["image"].numpy()
+
+
+def test_a_pool_that_is_forked_after_an_estimate(slide_path, normalize, two_threads):
+    """Torch in the parent has a thread that a fork does not copy."""
+    expected = first_tile(slide_path, normalize)
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        found = pool.apply_async(first_tile, (slide_path, normalize)).get(60)
+    # One thread may round other than two.
+    assert np.abs(found.astype(int) - expected).max() <= 1
 
 
 def test_tiles_can_be_pickled(slide_path, normalize):

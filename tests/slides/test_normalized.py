@@ -152,13 +152,13 @@ def in_worker(slide):
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_workers_open_it_again(path, normalize, method):
+def test_workers_open_it_again(path, normalize, method, two_threads):
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"no {method} here")
     with NormalizedSlide(path, normalize) as slide:
         expected = in_worker(slide)
         with multiprocessing.get_context(method).Pool(1) as pool:
-            assert np.array_equal(pool.apply(in_worker, (slide,)), expected)
+            assert np.array_equal(pool.apply_async(in_worker, (slide,)).get(60), expected)
         copied = pickle.loads(pickle.dumps(slide))
         assert (copied.tiles, dict(copied.properties)) == (slide.tiles, dict(slide.properties))
         copied.close()

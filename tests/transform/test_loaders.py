@@ -15,6 +15,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from stainnorm_transform import NormalizeStain, PerturbStain
 from stainnorm_transform import transform as transform_module
+from stainnorm_transform.color import shift_ab
 
 COUNT = 6
 
@@ -156,33 +157,29 @@ def test_threads_share_a_transform(normalize):
     assert all(torch.equal(found[seed], expected[seed]) for seed in range(8))
 
 
-def test_a_pool_that_is_forked_after_an_estimate():
-    """With two threads of torch in the parent, which a fork does not copy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        tiles = [render_tile(seed, 128).repeat(1, 4, 4) for seed in range(2)]
-        normalize = NormalizeStain.pretrained()
-        slide = normalize.for_slide(tiles)
-        operations = [
-            normalize,
-            slide,
-            normalize.estimate_offset,
-            normalize.estimate_map,
-            PerturbStain(0.0, 0.0, 0.0),
-            partial(map_of_slide, normalize),
-        ]
-        expected = [operation(tiles[0]) for operation in operations]
-        with multiprocessing.get_context("fork").Pool(2) as pool:
-            for operation, before_the_fork in zip(operations, expected, strict=True):
-                out = pool.apply_async(apply, (operation, tiles[0].numpy())).get(60)
-                # One thread rounds other than two, by which a pixel may be rounded to the next level.
-                levels = out.dtype == np.uint8
-                difference = np.abs(out.astype(float) - before_the_fork.numpy())
-                assert difference.max() <= (1 if levels else 1e-3)
-                assert not levels or (difference > 0).mean() < 1e-4
-    finally:
-        torch.set_num_threads(before)
+def test_a_pool_that_is_forked_after_an_estimate(two_threads):
+    """Torch in the parent has a thread that a fork does not copy."""
+    tiles = [render_tile(seed, 128).repeat(1, 4, 4) for seed in range(2)]
+    normalize = NormalizeStain.pretrained()
+    slide = normalize.for_slide(tiles)
+    operations = [
+        normalize,
+        slide,
+        normalize.estimate_offset,
+        normalize.estimate_map,
+        PerturbStain(0.0, 0.0, 0.0),
+        partial(map_of_slide, normalize),
+        partial(shift_ab, shift=torch.tensor([5.0, -5.0])),
+    ]
+    expected = [operation(tiles[0]) for operation in operations]
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        for operation, before_the_fork in zip(operations, expected, strict=True):
+            out = pool.apply_async(apply, (operation, tiles[0].numpy())).get(60)
+            # One thread rounds other than two, by which a pixel may be rounded to the next level.
+            levels = out.dtype == np.uint8
+            difference = np.abs(out.astype(float) - before_the_fork.numpy())
+            assert difference.max() <= (1 if levels else 1e-3)
+            assert not levels or (difference > 0).mean() < 1e-4
 
 
 def map_of_slide(normalize, tile):
