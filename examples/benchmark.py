@@ -1,4 +1,4 @@
-"""Times NormalizeStain and its parts against kornia, OpenCV and the stain normalizers that are installed.
+"""Times NormalizeStain, its parts and PerturbStain against kornia, OpenCV and the peers that are installed.
 
 pip install -e ".[compare]" && python examples/benchmark.py --json benchmark.json
 
@@ -23,6 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from camelyon17 import add_data_option, read, read_center
+from lab_augmentations import AUGMENTATIONS
+from peers import to_array
 from torch import Tensor
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
@@ -184,6 +186,29 @@ def torchstain(name: str) -> Callable[[Case, Tensor], Call]:
     return make
 
 
+def augmentation(name: str) -> Callable[[Case, Tensor], Call]:
+    """As its users call it: a batch at once where it takes one, else image by image."""
+
+    def make(case: Case, image: Tensor) -> Call:
+        chosen = AUGMENTATIONS[name]
+        images = image.reshape(-1, *image.shape[-3:])
+        change = chosen.make(images, 0)
+        if not chosen.of_arrays:
+            return lambda: change(images)
+        arrays = [to_array(each) for each in images]
+        return lambda: [change(array) for array in arrays]
+
+    return make
+
+
+AUGMENTERS = {
+    "PerturbStain": augmentation("perturbstain"),
+    "HEStain (albumentations)": augmentation("hestain"),
+    "RandStainNA (OpenCV)": augmentation("randstainna"),
+    "HED jitter (skimage)": augmentation("hed-jitter"),
+    "ColorJitter (torchvision)": augmentation("color-jitter"),
+    "StainAugmentor (tiatoolbox)": augmentation("stain-augmentor"),
+}
 METHODS: dict[str, Callable[[Case, Tensor], Call]] = {
     "NormalizeStain": ours,
     "NormalizeStain, compiled": ours_compiled,
@@ -203,8 +228,15 @@ METHODS: dict[str, Callable[[Case, Tensor], Call]] = {
     "Vahadane (tiatoolbox)": tiatoolbox("vahadane"),
     "Reinhard (torchstain)": torchstain("ReinhardNormalizer"),
     "Macenko (torchstain)": torchstain("MacenkoNormalizer"),
+} | AUGMENTERS
+NEEDS = {
+    "kornia": "kornia",
+    "OpenCV": "cv2",
+    "(tiatoolbox)": "tiatoolbox",
+    "(torchstain)": "torchstain",
+    "(albumentations)": "albumentations",
+    "(skimage)": "skimage",
 }
-NEEDS = {"kornia": "kornia", "OpenCV": "cv2", "(tiatoolbox)": "tiatoolbox", "(torchstain)": "torchstain"}
 CUDA_METHODS = (
     "NormalizeStain",
     "NormalizeStain, compiled",
@@ -225,8 +257,13 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
     for side in (256, 512, 1024):
         title = f"Whole normalizer, one uint8 tile of {side} x {side}"
         for method in METHODS:
+            if method in AUGMENTERS:
+                continue
             if method in ("NormalizeStain", "estimate alone") or method.endswith(("(tiatoolbox)", "(torchstain)")):
                 yield Case(title, method, 1, side)
+    for images, side in ((1, 96), (1, 256), (1, 512), (32, 256)):
+        for method in AUGMENTERS:
+            yield Case(f"Augmentation, uint8, {images} x 3 x {side} x {side}", method, images, side)
     for images, side in ((32, 256), (4, 1024)):
         title = f"Shift by a given offset, float32, {images} x 3 x {side} x {side}"
         for method in ("shift", "shift by a map", "kornia", "kornia, compiled"):

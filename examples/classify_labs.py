@@ -19,9 +19,11 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from multiprocessing import get_context
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import torch
+from lab_augmentations import AUGMENTATIONS, Augment
 from lab_colors import METHODS, Method, change_of, library_of, quiet
 from lab_figures import Run, check_outputs, earlier_figures, measure, plot, print_table
 from lab_images import Data, Labeled, digest, find_images, split_lab
@@ -34,6 +36,8 @@ from stainnorm_transform.files import replacing
 from stainnorm_transform.resources import choose_device, cores
 
 SIDE = 96
+NAMED = ("albumentations", "tiatoolbox", "torchstain")  # libraries that a method's title has
+STATISTICS = 256  # images of the training lab that an augmentation may look at
 MEMORY = 2**31  # bytes of the images of a method that are kept
 PAPER = Recipe("resnet50", steps=3000, batch=32, learning_rate=0.001, weight_decay=0.01, validated=True)
 
@@ -157,11 +161,11 @@ def titles_of(methods: Sequence[str]) -> dict[str, str]:
     for method in dict.fromkeys(methods):
         title = METHODS[method].title
         try:
-            library = library_of(METHODS[method].colors)
+            library = library_of(METHODS[method])
         except ModuleNotFoundError as error:
             print(f"left out: {title}, because {error}", file=sys.stderr)
             continue
-        titles[method] = f"{title} ({library})" if library in ("tiatoolbox", "torchstain") else title
+        titles[method] = f"{title} ({library})" if library in NAMED else title
     if not titles:
         raise ValueError('expected a method that is installed, got none: run pip install -e ".[evidence]"')
     return titles
@@ -196,17 +200,26 @@ def score(
     labels = torch.tensor([image.label for image in images])
     rows_of = {image.lab: [row for row, each in enumerate(images) if each.lab == image.lab] for image in images}
     rows_of[lab] = parts["test"]
+    augment = augmentation_of(method, data, parts["train"], seed)
     if encoder is not None and features is not None:
-        probe = fit_probe(encoder, data, labels, parts["train"], method.perturb, seed)
+        probe = fit_probe(encoder, data, labels, parts["train"], augment, seed)
         scores = {other: probe.predict_proba(features[rows])[:, 1] for other, rows in rows_of.items()}
     else:
-        model = train(data, labels, parts, method.perturb, recipe, seed)
+        model = train(data, labels, parts, augment, recipe, seed)
         prevalence = float(labels[parts["train"]].double().mean())
         scores = {other: probability(logits(model, data, rows), prevalence) for other, rows in rows_of.items()}
     return {
         other: measure(labels[rows].numpy(), scores[other], [images[row].unit for row in rows])
         for other, rows in rows_of.items()
     }
+
+
+def augmentation_of(method: Method, data: Data, rows: Sequence[int], seed: int) -> Augment | None:
+    if method.augmentation is None:
+        return None
+    chosen = torch.tensor(Random(seed).sample(sorted(rows), min(STATISTICS, len(rows))))
+    (images,) = data.batches([chosen])
+    return AUGMENTATIONS[method.augmentation].on_batches(images.cpu(), seed)
 
 
 def earlier_runs(options: argparse.Namespace, settings: Run) -> list[Run]:

@@ -12,11 +12,12 @@ from random import Random
 
 import numpy as np
 import torch
+from lab_augmentations import AUGMENTATIONS
 from lab_images import Change, Labeled, read
 from peers import PEERS, mean_match, torchstain_reinhard
 from torch import Tensor
 
-from stainnorm_transform import NormalizeStain, PerturbStain
+from stainnorm_transform import NormalizeStain
 from stainnorm_transform.color import shift_ab
 from stainnorm_transform.resources import cores
 
@@ -26,23 +27,28 @@ REFERENCES = 16  # images of the training lab that the others take, side by side
 
 @dataclass(frozen=True)
 class Method:
-    """What is done to all images, and what to those that a model is trained on."""
+    """What is done to all images, and the augmentation of those that a model is trained on."""
 
     title: str
     colors: str
-    perturb: PerturbStain | None = None
+    augmentation: str | None = None
 
 
 METHODS = {
     "nothing": Method("nothing", "scanned"),
-    "perturbstain": Method("PerturbStain", "scanned", PerturbStain()),
     "colornormnet": Method("ColorNormNet, a tile", "tile"),
-    "both": Method("ColorNormNet, a tile, and PerturbStain", "tile", PerturbStain(10, 0.1, 0.2)),
     "colornormnet-slide": Method("ColorNormNet, one map a slide", "slide"),
     "control": Method("mean match (control)", "control"),
     "reinhard": Method("Reinhard", "reinhard"),
     "macenko": Method("Macenko", "macenko"),
     "vahadane": Method("Vahadane", "vahadane"),
+    "both": Method("ColorNormNet, a tile, and PerturbStain", "tile", "perturbstain-weak"),
+    "perturbstain": Method("PerturbStain", "scanned", "perturbstain"),
+    "hestain": Method("HEStain", "scanned", "hestain"),
+    "randstainna": Method("RandStainNA", "scanned", "randstainna"),
+    "hed-jitter": Method("HED jitter", "scanned", "hed-jitter"),
+    "color-jitter": Method("ColorJitter", "scanned", "color-jitter"),
+    "stain-augmentor": Method("StainAugmentor", "scanned", "stain-augmentor"),
 }
 # Of each, the first whose library is installed.
 REFERENCED = {
@@ -53,13 +59,15 @@ REFERENCED = {
 }
 
 
-def library_of(colors: str) -> str | None:
+def library_of(method: Method) -> str | None:
     """The installed library that a method is from; None for those of this package.
 
     Raises:
         ModuleNotFoundError: none is installed.
     """
-    libraries = [library for library, _ in REFERENCED.get(colors, ())]
+    libraries = [library for library, _ in REFERENCED.get(method.colors, ())]
+    if method.augmentation:
+        libraries.append(AUGMENTATIONS[method.augmentation].library)
     for library in libraries:
         if importlib.util.find_spec(library):
             return library
@@ -123,7 +131,7 @@ def normalize_each(colors: str, reference: np.ndarray, images: np.ndarray) -> np
     key = (colors, hash(reference.tobytes()))
     if key not in _fitted:
         _fitted.clear()
-        fit = dict(REFERENCED[colors])[library_of(colors)]
+        fit = dict(REFERENCED[colors])[library_of(Method(colors, colors))]
         _fitted[key] = fit(torch.from_numpy(reference))
     after = images.copy()
     for number, image in enumerate(images):

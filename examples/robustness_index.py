@@ -73,7 +73,7 @@ class Way:
     after: Callable[[Tensor], Tensor] = lambda images: images
 
 
-WAYS = {name: Way(method.title, name) for name, method in METHODS.items() if not method.perturb} | {
+WAYS = {name: Way(method.title, name) for name, method in METHODS.items() if not method.augmentation} | {
     "colornormnet-blur": Way("ColorNormNet, a tile, then blur", "colornormnet", blur),
     "gray": Way("gray (L* alone)", "nothing", gray),
     "gray-equalized": Way("gray, equalized", "nothing", lambda images: equalize(gray(images))),
@@ -253,7 +253,7 @@ def plan(
     for name in dict.fromkeys(methods):
         way, colors = WAYS[name], METHODS[WAYS[name].method].colors
         try:
-            library = library_of(colors)
+            library = library_of(METHODS[way.method])
         except ModuleNotFoundError as error:
             print(f"left out: {way.title}, because {error}", file=sys.stderr)
             continue
