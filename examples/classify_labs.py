@@ -4,9 +4,10 @@ pip install -e ".[evidence]" && python examples/classify_labs.py tiles --json fi
 
 A folder has images as LAB/LABEL/*.png or LAB/SPLIT/LABEL/*.png (or jpg), or is CAMELYON17-WILDS; several are pooled.
 For each method, training lab and seed a model is trained on images in this method's colors, or a linear probe on a
-frozen encoder (--encoder). Slides are kept together where names say them, as SLIDE_x12_y34 does. Colors of all labs go
-to one target (--weights), or those of the training lab for methods that take a reference. Results are written after
-each run. An interrupted call goes on with --resume.
+frozen encoder (--encoder), or the whole encoder (--finetune). Slides are kept together where names say them, as
+SLIDE_x12_y34 does. Colors of all labs go to one target (--weights), or those of the training lab for methods that take
+a reference; augmentations change training images alone. Results are written after each run. An interrupted call goes on
+with --resume.
 """
 
 import argparse
@@ -40,6 +41,7 @@ NAMED = ("albumentations", "tiatoolbox", "torchstain")  # libraries that a metho
 STATISTICS = 256  # images of the training lab that an augmentation may look at
 MEMORY = 2**31  # bytes of the images of a method that are kept
 PAPER = Recipe("resnet50", steps=3000, batch=32, learning_rate=0.001, weight_decay=0.01, validated=True)
+FINETUNED = Recipe("", steps=200, batch=16, learning_rate=0.0005)
 
 
 def main() -> None:
@@ -59,13 +61,16 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--model", help="small, or a model of torchvision (default: small)")
     parser.add_argument("--encoder", help="frozen, with a linear probe: efficientnet-lite0, or a model of timm")
+    parser.add_argument("--finetune", action="store_true", help="train all of the encoder, with a linear layer")
     parser.add_argument(
         "--paper", action="store_true",
         help="as in arXiv 2011.15000: ResNet50, batch 32, learning rate 0.001, weight decay 0.01, and the weights that "
         "did best on the validation part",
     )  # fmt: skip
-    parser.add_argument("--steps", type=int, help="batches to train on (default: 400; 3000 with --paper)")
-    parser.add_argument("--batch", type=int, help="images in each (default: 32)")
+    parser.add_argument(
+        "--steps", type=int, help="batches to train on (default: 400; 3000 with --paper, 200 with --finetune)"
+    )
+    parser.add_argument("--batch", type=int, help="images in each (default: 32; 16 with --finetune)")
     parser.add_argument("--side", type=int, help="of the images, in pixels (default: 96, or what the encoder takes)")
     parser.add_argument("--limit", type=int, help="draw at most so many images of each lab and label")
     parser.add_argument("--json", type=path_name, help="file to write all figures to")
@@ -101,7 +106,9 @@ def evaluate(options: argparse.Namespace) -> list[Run]:
     side = encoder.side if encoder else options.side or SIDE
     if not encoder:
         check_side(recipe.model, side)
-    model = {"encoder": options.encoder} if encoder else dataclasses.asdict(recipe)
+    model: Run = {"encoder": options.encoder} if encoder else {}
+    if not encoder or options.finetune:
+        model |= dataclasses.asdict(recipe)
     settings = {
         "version": __version__, "images": digest(images), "labels": options.labels, "side": side, "weights": targets,
         "model": model,
@@ -120,7 +127,7 @@ def evaluate(options: argparse.Namespace) -> list[Run]:
             if depends != kept:
                 change = change_of(colors, images, parts["train"], seed, targets[lab], device, pool)
                 data = Data([image.path for image in images], change, side, device, MEMORY)
-                features = embed(encoder, data) if encoder else None
+                features = embed(encoder, data) if encoder and not options.finetune else None
                 kept = depends
             tests = score(METHODS[method], images, parts, lab, seed, data, encoder, features, recipe)
             runs.append({"title": titles[method], "lab": lab, "seed": seed, "tests": tests})
@@ -131,9 +138,16 @@ def evaluate(options: argparse.Namespace) -> list[Run]:
 
 def recipe_of(options: argparse.Namespace) -> Recipe:
     given = {name: getattr(options, name) for name in ("model", "steps", "batch") if getattr(options, name) is not None}
+    if options.finetune:
+        if not options.encoder:
+            raise ValueError("expected --encoder with --finetune: what is to be trained")
+        if options.paper or options.model:
+            raise ValueError("expected --finetune without --paper and --model: the encoder is the model")
+        return dataclasses.replace(FINETUNED, **given)
     if options.encoder and (given or options.paper):
         raise ValueError(
-            "expected --encoder without --paper, --model, --steps and --batch: nothing but a probe is trained"
+            "expected --encoder without --paper, --model, --steps and --batch: nothing but a probe is trained, "
+            "unless there is --finetune"
         )
     recipe = dataclasses.replace(PAPER if options.paper else Recipe(), **given)
     build(recipe.model)
@@ -201,11 +215,11 @@ def score(
     rows_of = {image.lab: [row for row, each in enumerate(images) if each.lab == image.lab] for image in images}
     rows_of[lab] = parts["test"]
     augment = augmentation_of(method, data, parts["train"], seed)
-    if encoder is not None and features is not None:
+    if encoder and features is not None:
         probe = fit_probe(encoder, data, labels, parts["train"], augment, seed)
         scores = {other: probe.predict_proba(features[rows])[:, 1] for other, rows in rows_of.items()}
     else:
-        model = train(data, labels, parts, augment, recipe, seed)
+        model = train(data, labels, parts, augment, recipe, seed, encoder)
         prevalence = float(labels[parts["train"]].double().mean())
         scores = {other: probability(logits(model, data, rows), prevalence) for other, rows in rows_of.items()}
     return {

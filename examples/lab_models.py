@@ -14,6 +14,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torchvision.models import get_model, list_models
+from torchvision.transforms.v2 import Normalize
 from torchvision.transforms.v2.functional import normalize as subtract
 from tqdm import tqdm
 
@@ -34,6 +35,20 @@ class Recipe:
     learning_rate: float = 0.003
     weight_decay: float = 0.01
     validated: bool = False  # whether the weights that did best on the validation part are taken
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A network that gives features (N, F) for images (N, 3, side, side) less mean and by std."""
+
+    network: nn.Module
+    side: int
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.network(subtract(images, list(self.mean), list(self.std))).float()
 
 
 def small_cnn() -> nn.Module:
@@ -102,13 +117,23 @@ def augmented(
 
 
 def train(
-    data: Data, labels: Tensor, parts: dict[str, list[int]], augment: Augment | None, recipe: Recipe, seed: int
+    data: Data,
+    labels: Tensor,
+    parts: dict[str, list[int]],
+    augment: Augment | None,
+    recipe: Recipe,
+    seed: int,
+    encoder: Encoder | None = None,
 ) -> nn.Module:
-    """A model with the logit that the label is 1, in a batch that has a half of each."""
+    """A model, from scratch or on top of an encoder, with the logit that the label is 1: (N, 3, S, S) to (N, 1).
+
+    The images are in [0, 1]; the logit is that for a batch that has a half of each label.
+    """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     # Twice as fast on a CPU.
-    model = build(recipe.model).to(data.device, memory_format=torch.channels_last).train()
+    model = with_head(encoder) if encoder else nn.Sequential(Normalize([0.5] * 3, [0.25] * 3), build(recipe.model))
+    model = model.to(data.device, memory_format=torch.channels_last).train()
     plan = balanced(labels, parts["train"], recipe.steps, recipe.batch, generator)
     goals = labels[plan].float().to(data.device)
     optimizer = torch.optim.AdamW(
@@ -118,7 +143,7 @@ def train(
     best, best_loss = None, float("inf")
     batches = tqdm(augmented(data, list(plan), augment, generator), "train", len(plan), leave=False, disable=None)
     for step, (images, goal) in enumerate(zip(batches, goals, strict=True), start=1):
-        loss = F.binary_cross_entropy_with_logits(model(scaled(images))[:, 0], goal)
+        loss = F.binary_cross_entropy_with_logits(model(images)[:, 0], goal)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -132,15 +157,11 @@ def train(
     return model.eval()
 
 
-def scaled(images: Tensor) -> Tensor:
-    return 4 * images - 2
-
-
 @torch.inference_mode()
 def logits(model: nn.Module, data: Data, rows: Sequence[int]) -> Tensor:
     model.eval()
     plan = torch.as_tensor(rows).split(EVALUATED)
-    return torch.cat([model(scaled(images.float() / 255))[:, 0] for images in data.batches(plan)]).cpu().double()
+    return torch.cat([model(images.float() / 255)[:, 0] for images in data.batches(plan)]).cpu().double()
 
 
 def validation_loss(model: nn.Module, data: Data, labels: Tensor, rows: Sequence[int]) -> float:
@@ -157,21 +178,7 @@ def probability(logit: Tensor, prevalence: float) -> np.ndarray:
     return (logit + np.log(prevalence / (1 - prevalence))).sigmoid().numpy()
 
 
-# --- A frozen encoder and a linear probe.
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """A network that gives features (N, F) for images (N, 3, side, side) less mean and by std."""
-
-    network: nn.Module
-    side: int
-    mean: Sequence[float]
-    std: Sequence[float]
-
-    @torch.inference_mode()
-    def __call__(self, images: Tensor) -> Tensor:
-        return self.network(subtract(images, list(self.mean), list(self.std))).float()
+# --- An encoder, with a linear probe or fine-tuned.
 
 
 def load_encoder(name: str, side: int | None, device: torch.device) -> Encoder:
@@ -196,6 +203,14 @@ def load_encoder(name: str, side: int | None, device: torch.device) -> Encoder:
     if len(shape) != 2:
         raise ValueError(f"expected an encoder that gives one vector an image, got {tuple(shape)} from {name}")
     return Encoder(network, side, mean, std)
+
+
+def with_head(encoder: Encoder) -> nn.Module:
+    """A copy of the encoder that can be trained, with a linear layer for images in [0, 1]: (N, 3, S, S) to (N, 1)."""
+    network = copy.deepcopy(encoder.network).requires_grad_(True)
+    device = next(network.parameters()).device
+    features = network(torch.zeros(1, 3, encoder.side, encoder.side, device=device)).shape[1]
+    return nn.Sequential(Normalize(list(encoder.mean), list(encoder.std)), network, nn.Linear(features, 1))
 
 
 def lite0() -> nn.Module:

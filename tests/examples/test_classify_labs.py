@@ -1,5 +1,6 @@
 """Classification across labs, on made images of two labs whose labels are easy to tell."""
 
+import copy
 import csv
 import itertools
 import json
@@ -354,14 +355,14 @@ def test_the_best_weights_on_the_validation_part_are_taken(folder, monkeypatch):
     kept, losses = [], iter([3.0, 1.0, 2.0, 4.0, 5.0])
 
     def validation_loss(model, *rest):
-        kept.append(model[-1].bias.item())
+        kept.append(model[-1][-1].bias.item())
         return next(losses)
 
     monkeypatch.setattr("lab_models.validation_loss", validation_loss)
     monkeypatch.setattr("lab_models.CHECKS", 5)
     model = train(data, labels, parts, None, Recipe(steps=10, batch=8, validated=True), 0)
     assert len(set(kept)) == 5
-    assert model[-1].bias.item() == kept[1]
+    assert model[-1][-1].bias.item() == kept[1]
 
 
 def test_probabilities_are_for_the_share_of_the_training_images():
@@ -380,6 +381,22 @@ def test_a_probe_on_a_frozen_encoder(folder):
     again = fit_probe(encoder, data, labels, parts["train"], None, seed=0)
     assert np.array_equal(probe[-1].coef_, again[-1].coef_)
     assert probe[-1].coef_.shape == (1, 12)
+
+
+def test_an_encoder_is_fine_tuned_in_a_copy(folder):
+    images, data = data_of(folder)
+    labels = torch.tensor([image.label for image in images])
+    parts = split_lab(images, "lab_a", seed=0)
+    rows = [row for row, image in enumerate(images) if image.lab == "lab_b"]
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    encoder = Encoder(network.eval().requires_grad_(False), 32, (0.5,) * 3, (0.25,) * 3)
+    before = copy.deepcopy(network.state_dict())
+    recipe = Recipe(steps=60, batch=8)
+    model = train(data, labels, parts, None, recipe, 0, encoder)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert not any(torch.equal(value, before[name]) for name, value in model[1].state_dict().items())
+    assert roc_auc_score(labels[rows], logits(model, data, rows)) > 0.9
 
 
 def test_the_encoder_in_a_package():
@@ -602,6 +619,8 @@ def test_too_few_slides_are_refused(tmp_path, refuse):
         (("--resume",), "expected --json with --resume"),
         (("--device", "mars"), "expected a device that is here, like cpu or cuda:0, got 'mars'"),
         (("--encoder", LITE, "--paper"), "expected --encoder without --paper"),
+        (("--finetune",), "expected --encoder with --finetune"),
+        (("--finetune", "--encoder", LITE, "--model", "small"), "expected --finetune without --paper and --model"),
     ],
 )  # fmt: skip
 def test_options_that_cannot_be_are_refused(folder, refuse, arguments, message):
