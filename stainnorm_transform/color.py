@@ -150,19 +150,21 @@ def _on_cpu(image: Tensor, preserve_white: bool, *rows: Tensor) -> Tensor:
     out = torch.empty_like(image)
     for place in itertools.product(*map(range, image.shape[:-3])):
         here = [row[place] for row in rows]
-        if _unmoved(image[place], *here):
+        # As numbers, which take less time than small tensors.
+        color_map = [row if isinstance(row, list) else [row, 0.0, 0.0, 0.0] for row in here[0].tolist()]
+        darkness = here[1].item() if len(here) > 1 else None
+        if darkness in (None, 1) and not any(map(any, color_map)):
             out[place] = image[place]
         elif image.dtype == torch.float64:
             for strip, target in strips.split(image[place], out[place], max(1, _STRIP_PIXELS // image.shape[-1])):
                 target.copy_(shift_batch(strip, preserve_white, *here))
         else:
-            strips.shift(image[place], out[place], _change(preserve_white, *here))
+            strips.shift(image[place], out[place], _change(preserve_white, color_map, darkness))
     return out
 
 
-def _change(preserve_white: bool, shift: Tensor, darkness: Tensor | None = None) -> strips.Change:
-    """A shift in the terms of ``strips``."""
-    color_map = shift.tolist() if shift.ndim == 2 else [[offset, 0, 0, 0] for offset in shift.tolist()]
+def _change(preserve_white: bool, color_map: list[list[float]], darkness: float | None) -> strips.Change:
+    """A map (2, 4), and a darkness, in the terms of ``strips``."""
     parts = []
     for row, divisor in zip(color_map, (500, -200), strict=True):
         one, x, y, z = (sum(map(operator.mul, row, column)) / divisor for column in zip(*_Z_OF_F, strict=True))
@@ -170,7 +172,7 @@ def _change(preserve_white: bool, shift: Tensor, darkness: Tensor | None = None)
     to_x, to_z = parts
     to_y = None
     if darkness is not None:
-        to_y = strips.Linear(f_y=float(darkness) - 1, constant=1 - float(darkness))
+        to_y = strips.Linear(f_y=darkness - 1, constant=1 - darkness)
     whole = strips.Linear(constant=1.0)
     if not preserve_white:
         return strips.Change(to_x, to_z, to_y, whole, whole)
