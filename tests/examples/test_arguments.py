@@ -31,6 +31,7 @@ MISSING = {
     "timm_model": ("--tiles nowhere", "expected a folder of PNG tiles, like examples/tiles, got nowhere"),
     "albumentations_transform": ("--tile nowhere", "expected a file that is there, got 'nowhere'"),
     "from_torchstain": ("--target nowhere", "expected a file that is there, got 'nowhere'"),
+    "perturbed_draws": ("--tile nowhere --out draws.jpg", "expected a file that is there, got 'nowhere'"),
     "slide_resnet": ("nowhere", "expected a file that is there, got 'nowhere'"),
     "read_normalized": ("nowhere", "expected a file that is there, got 'nowhere'"),
     "slide_sample": ("nowhere", "expected a file that is there, got 'nowhere'"),
@@ -100,6 +101,7 @@ def test_a_slide_that_cannot_be_used_is_named(fail, tmp_path_factory):
         ("finetune_resnet", ["--data", ""]),
         ("slide_resnet", [""]),
         ("render_tiles", ["--out", ""]),
+        ("perturbed_draws", ["--out", ""]),
     ],
 )
 def test_an_empty_name_is_no_path(fail, name, arguments):

@@ -1,0 +1,114 @@
+"""Shows nine draws of PerturbStain for each strength, on one tile, before you train with it.
+
+python examples/perturbed_draws.py --out draws.jpg
+python examples/perturbed_draws.py --tile examples/tiles/lab_c/tile_1.png --strength 15 0.1 0.2 --out draws.jpg
+
+The tile comes first. Over each draw stands its offset for a usual color of tissue, in Lab units, and the factor of its
+darkness. All strengths take the same random numbers, so draws at the same place go the same way.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from render_tiles import LABS, render_tile
+from torchvision.transforms.v2.functional import to_pil_image
+
+from stainnorm_transform import PerturbStain
+from stainnorm_transform.cli.options import file_name, path_name
+from stainnorm_transform.files import replacing
+from stainnorm_transform.folders import images
+
+STRENGTHS = [[10.0, 0.1, 0.2], [20.0, 0.2, 0.2]]  # max_offset, slope, darkness
+DRAWS, COLUMNS = 9, 5
+SIDE, LINE, MARGIN = 96, 16, 4  # pixels
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tile", type=file_name, help="RGB image, shown small (default: a synthetic tile)")
+    parser.add_argument(
+        "--strength",
+        type=float,
+        nargs=3,
+        action="append",
+        metavar=("MAX_OFFSET", "SLOPE", "DARKNESS"),
+        help="arguments of PerturbStain, which may be given several times (default: 10 0.1 0.2 and 20 0.2 0.2)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default: %(default)s)")
+    parser.add_argument("--out", type=path_name, required=True, help="image file to write, such as draws.jpg")
+    options = parser.parse_args()
+    try:
+        check_output(options.out, options.tile)
+        tile = read(options.tile) if options.tile else synthetic_tile()
+        perturbations = [PerturbStain(*strength) for strength in options.strength or STRENGTHS]
+    except ValueError as error:
+        parser.error(str(error))
+    sheet = contact_sheet(tile, perturbations, options.seed)
+    with replacing(options.out) as temporary:
+        sheet.save(temporary, Image.registered_extensions()[options.out.suffix.lower()], quality=80, subsampling=0)
+
+
+def check_output(out: Path, tile: Path | None) -> None:
+    """Raises ValueError where the picture could not be written, or would replace the tile."""
+    if out.suffix.lower() not in images.SUFFIXES:
+        raise ValueError(f"expected --out to end in {', '.join(images.SUFFIXES)}, got '{out}'")
+    if not out.absolute().parent.is_dir():
+        raise ValueError(f"expected a folder that is there for {out}, got none: make it first")
+    if tile and out.exists() and out.samefile(tile):
+        raise ValueError(f"expected --out to be another file than --tile, got '{out}' for both")
+
+
+def read(path: Path) -> Image.Image:
+    """An image on white glass.
+
+    Raises:
+        ValueError: it is damaged, or of a kind without stain colors.
+    """
+    try:
+        return images.flatten(images.read(path))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def synthetic_tile() -> Image.Image:
+    return to_pil_image(render_tile(1, SIDE, LABS["lab_b"]))
+
+
+def contact_sheet(tile: Image.Image, perturbations: list[PerturbStain], seed: int = 0) -> Image.Image:
+    """For each strength, under its caption, the tile and nine draws."""
+    small = tile.copy()
+    small.thumbnail((SIDE, SIDE))
+    rows = -(-(1 + DRAWS) // COLUMNS)
+    width, height = SIDE + MARGIN, SIDE + LINE + MARGIN
+    block = LINE + MARGIN + rows * height
+    sheet = Image.new("RGB", (COLUMNS * width + MARGIN, len(perturbations) * block), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, perturb in enumerate(perturbations):
+        top = number * block
+        strength = f"max_offset={perturb.max_offset:g}, slope={perturb.slope:g}, darkness={perturb.darkness:g}"
+        draw.text((MARGIN, top + 2), f"PerturbStain({strength})", "black", ImageFont.load_default(13))
+        for place, (caption, image) in enumerate([("the tile", small), *draws(small, perturb, seed)]):
+            x = MARGIN + place % COLUMNS * width
+            y = top + LINE + MARGIN + place // COLUMNS * height
+            draw.text((x, y + 2), caption, "black", ImageFont.load_default(10))
+            sheet.paste(image, (x, y + LINE))
+    return sheet
+
+
+def draws(tile: Image.Image, perturb: PerturbStain, seed: int) -> list[tuple[str, Image.Image]]:
+    """Nine draws, each with what was drawn."""
+    made = []
+    for number in range(DRAWS):
+        torch.manual_seed(seed * DRAWS + number)
+        params = perturb.make_params([tile])
+        ((shift, darkness),) = params["changes"].values()
+        a, b = (round(value) for value in (shift[:, 0] if shift.ndim == 2 else shift).tolist())
+        factor = 1.0 if darkness is None else float(darkness)
+        made.append((f"a* {a:+d}, b* {b:+d}, x {factor:.2f}", perturb.transform(tile, params)))
+    return made
+
+
+if __name__ == "__main__":
+    main()
