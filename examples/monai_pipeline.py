@@ -21,9 +21,9 @@ from monai.transforms import (
     Lambdad,
     LoadImaged,
     MapTransform,
+    RandFlipd,
     Randomizable,
     RandomizableTransform,
-    RandFlipd,
     ScaleIntensityRanged,
 )
 from monai.utils import MAX_SEED

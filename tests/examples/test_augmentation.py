@@ -117,9 +117,9 @@ def test_random_stain_is_written_down_and_refuses_bad_arguments():
     A = pytest.importorskip("albumentations")  # noqa: N806
     RandomStain = example("albumentations_transform").RandomStain  # noqa: N806
     image = array(render_tile(0, 16))
-    transform = A.Compose([RandomStain(max_offset=25, slope=0, darkness=0.5, preserve_white=False, p=0.5)], seed=5)
+    transform = A.Compose([RandomStain(max_offset=25, slope=0, darkness=0.5, preserve_white=False, p=0.5)], seed=1)
     copies = pickle.loads(pickle.dumps(transform)), A.from_dict(A.to_dict(transform))
-    copies[1].set_random_seed(5)
+    copies[1].set_random_seed(1)
     first, *others = ([each(image=image)["image"].tobytes() for _ in range(6)] for each in (transform, *copies))
     assert others == [first, first]
     assert len(set(first)) > 2
@@ -166,7 +166,9 @@ def test_workers_of_albumentations_draw_alike_unless_they_are_seeded(way):
     stain = albumentations_transform.RandomStain(15, 0.2, 0.1)
     flips = A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)
 
-    images, seeds, workers = draws_of(A.Compose([stain, *flips], seed=1), way, init=albumentations_transform.seed_worker)
+    images, seeds, workers = draws_of(
+        A.Compose([stain, *flips], seed=1), way, init=albumentations_transform.seed_worker
+    )
     assert workers.unique().tolist() == [0, 1]
     assert len(set(seeds.tolist())) == len(seeds) == 24
     corners = Counter()
@@ -472,17 +474,12 @@ def test_a_seed_decides_the_crops_and_a_loader_makes_batches():
     from multi_crop import MultiCrop
 
     crops = MultiCrop(local_crops=2, global_size=32, local_size=16)
-    tiles = [(render_tile(seed, 64), seed) for seed in range(3)]
-    loader = DataLoader(tiles, batch_size=3, collate_fn=lambda batch: torch.utils.data.default_collate(crop(batch)))
-
-    def crop(batch):
-        return [(crops(image), label) for image, label in batch]
-
+    tiles = [render_tile(seed, 64) for seed in range(3)]
     torch.manual_seed(1)
-    ((batches, labels),) = loader
+    batches, labels = torch.utils.data.default_collate([(crops(tile), label) for label, tile in enumerate(tiles)])
     assert [each.shape for each in batches] == [(3, 3, 32, 32)] * 2 + [(3, 3, 16, 16)] * 2
     assert labels.tolist() == [0, 1, 2]
-    first, again, other = (under(seed, crops, tiles[0][0]) for seed in (1, 1, 2))
+    first, again, other = (under(seed, crops, tiles[0]) for seed in (1, 1, 2))
     assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
     assert not any(torch.equal(*pair) for pair in zip(first, other, strict=True))
 
