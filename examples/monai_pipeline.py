@@ -2,8 +2,9 @@
 
 python examples/monai_pipeline.py --tiles examples/tiles
 
-PerturbStain in a Lambdad would draw from torch's generator, whatever ``Compose.set_random_state`` says, and CacheDataset
-would keep the first color of an image for all epochs. To MONAI, RandPerturbStain and RandPerturbStaind are random.
+PerturbStain in a Lambdad would draw from torch's generator, whatever ``Compose.set_random_state`` says, and a
+CacheDataset would keep the first color of an image for all epochs. MONAI knows that RandPerturbStain and
+RandPerturbStaind are random, and seeds them.
 """
 
 import argparse
@@ -123,7 +124,7 @@ def main() -> None:
         parser.error(f"expected a folder of PNG tiles, like examples/tiles, got {options.tiles}")
     for name, pipeline in (("for inference", for_inference()), ("for training", for_training())):
         print(f"{name}:")
-        # MONAI's own loader gives every worker a random state, torch's gives all of them the same.
+        # MONAI's own loader seeds every worker; by torch's all workers would draw alike.
         for batch in DataLoader(Dataset(files, pipeline), batch_size=4):
             for sample in decollate_batch(batch):
                 image = sample["image"]

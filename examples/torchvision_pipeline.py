@@ -2,9 +2,9 @@
 
 python examples/torchvision_pipeline.py --tiles examples/tiles --workers 2 --seed 0
 
-All of them draw from torch's generator, which a DataLoader seeds for each worker, anew in each epoch: no two draw alike.
-The ``generator`` of the DataLoader decides these seeds, so that a run can be repeated, with as many workers. With none,
-draws are those of the main process: call ``torch.manual_seed`` too.
+All of them draw from torch's generator, which a DataLoader seeds for each worker, anew in each epoch: no two draw
+alike. The ``generator`` of the DataLoader decides these seeds, so that a run with as many workers can be repeated.
+Without workers the main process draws: call ``torch.manual_seed`` too.
 """
 
 import argparse

@@ -166,9 +166,8 @@ def test_workers_of_albumentations_draw_alike_unless_they_are_seeded(way):
     stain = albumentations_transform.RandomStain(15, 0.2, 0.1)
     flips = A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)
 
-    images, seeds, workers = draws_of(
-        A.Compose([stain, *flips], seed=1), way, init=albumentations_transform.seed_worker
-    )
+    seed_worker = albumentations_transform.seed_worker
+    images, seeds, workers = draws_of(A.Compose([stain, *flips], seed=1), way, init=seed_worker)
     assert workers.unique().tolist() == [0, 1]
     assert len(set(seeds.tolist())) == len(seeds) == 24
     corners = Counter()
@@ -182,9 +181,9 @@ def test_workers_of_albumentations_draw_alike_unless_they_are_seeded(way):
     # Independent of each other, as they are not with A.Compose(seed=...).
     assert len(corners) == 4
 
-    again = draws_of(A.Compose([stain, *flips], seed=2), way, init=albumentations_transform.seed_worker)
+    again = draws_of(A.Compose([stain, *flips], seed=2), way, init=seed_worker)
     assert torch.equal(again[0], images)
-    other = draws_of(A.Compose([stain, *flips], seed=1), way, seed=1, init=albumentations_transform.seed_worker)
+    other = draws_of(A.Compose([stain, *flips], seed=1), way, seed=1, init=seed_worker)
     assert not set(other[1].tolist()) & set(seeds.tolist())
 
 
