@@ -29,6 +29,8 @@ MISSING = {
     "kornia_pipeline": ("--tiles nowhere", "expected a folder of PNG tiles of one size, like examples/tiles"),
     "monai_pipeline": ("--tiles nowhere", "expected a folder of PNG tiles, like examples/tiles, got nowhere"),
     "timm_model": ("--tiles nowhere", "expected a folder of PNG tiles, like examples/tiles, got nowhere"),
+    "torchvision_pipeline": ("--tiles nowhere", "expected a folder of PNG tiles, like examples/tiles, got nowhere"),
+    "multi_crop": ("--tile nowhere", "expected a file that is there, got 'nowhere'"),
     "albumentations_transform": ("--tile nowhere", "expected a file that is there, got 'nowhere'"),
     "from_torchstain": ("--target nowhere", "expected a file that is there, got 'nowhere'"),
     "perturbed_draws": ("--tile nowhere --out draws.jpg", "expected a file that is there, got 'nowhere'"),

@@ -188,7 +188,7 @@ def test_monai_pipeline(data, normalize):
 
     paths = sorted((data / "camelyon17" / "center_2").glob("*.png"))[:3]
     expected = [normalize(unit(image)) for image in open_all(paths)]
-    dataset = Dataset([{"image": path} for path in paths], monai_pipeline.pipeline())
+    dataset = Dataset([{"image": path} for path in paths], monai_pipeline.for_inference())
     for sample, path, truth in zip(dataset, paths, expected, strict=True):
         image = sample["image"]
         assert type(image) is MetaTensor
@@ -262,7 +262,7 @@ def test_lightning_checkpoint_predicts_the_same(folder, tmp_path, normalize):
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_numpy_function(dtype, normalize):
     needs("albumentations")
-    from albumentations_transform import normalize_array
+    from albumentations_transform import on_array
 
     tile = render_tile(3, 96)[:, :, :80]
     tensor = tile if dtype == np.uint8 else tile / 255
@@ -270,8 +270,8 @@ def test_numpy_function(dtype, normalize):
     image.flags.writeable = False
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        out = normalize_array(normalize, image)
-        flipped = normalize_array(normalize.for_slide([tensor]), image[::-1, ::-1])
+        out = on_array(normalize, image)
+        flipped = on_array(normalize.for_slide([tensor]), image[::-1, ::-1])
     assert out.dtype == dtype
     assert out.flags.c_contiguous
     close(torch.from_numpy(out).permute(2, 0, 1), normalize(tensor))
@@ -460,7 +460,9 @@ COMMANDS = {
     "timm_model": ("timm", r"at least: 0\.99"),
     "monai_pipeline": ("monai", r"lab_c/tile_2.png: MetaTensor \(3, 256, 256\)"),
     "lightning_module": ("lightning", r"differ by at most 0\.0e\+00"),
-    "albumentations_transform": ("albumentations", r"else as it was: True"),
+    "albumentations_transform": ("albumentations", r"(?s)else as it was: True.*perturbed.*else as it was: True"),
+    "torchvision_pipeline": ("torchvision", r"(?s)epoch 0: mean .*epoch 1: mean .*% masked, boxes \[\["),
+    "multi_crop": ("torchvision", r"(global crop \(3, 224, 224\): .*\n){2}(local crop \(3, 96, 96\): .*\n){4}$"),
     "from_torchstain": ("torchstain", r"blank tile, stainnorm_transform: \(3, 256, 256\) torch.float32, 1 to 1"),
     "embed_tiles": ("timm", r"as_scanned: .*\nper_tile: .*\nper_slide: "),
 }

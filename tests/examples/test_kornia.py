@@ -13,7 +13,6 @@ from render_tiles import LABS, render_tile
 from synthetic import ROOT
 
 from stainnorm_transform import NormalizeStain, PerturbStain
-from stainnorm_transform.color import shift_ab
 
 BOXES = torch.tensor([[[3.0, 4.0, 50.0, 60.0], [0.0, 0.0, 20.0, 10.0]]]).expand(3, 2, 4)
 POINTS = torch.tensor([[[3.0, 4.0], [30.0, 60.0]]]).expand(3, 2, 2)
@@ -133,14 +132,28 @@ def test_the_example_is_the_parts_by_hand(images, masks, normalize):
     torch.testing.assert_close(kornia_pipeline.for_inference(normalize)(images), expected, atol=1e-4, rtol=0)
 
     torch.manual_seed(1)
-    still = PerturbStain(max_offset=0, slope=0, darkness=0)
-    image, mask, boxes = kornia_pipeline.for_training(normalize, still)(images, masks, BOXES)
-    for index in range(3):
-        (axes,) = [axes for axes in FLIPS if torch.equal(mask[index], masks[index].flip(axes))]
-        by_parts = shift_ab(normalize(images[index]), torch.zeros(2)).flip(axes)
-        torch.testing.assert_close(image[index], by_parts, atol=1e-4, rtol=0)
-    assert boxes.shape == BOXES.shape
-    assert 0 <= boxes.min() < boxes.max() <= 64
+    perturb = PerturbStain(max_offset=10, slope=0.1, darkness=0.2)
+    states = []
+    perturb.register_forward_pre_hook(lambda module, given: states.append(torch.get_rng_state()))
+    augment = kornia_pipeline.for_training(normalize, perturb)
+    colors, seen = set(), set()
+    for _ in range(6):
+        image, mask, boxes = augment(images, masks, BOXES)
+        torch.set_rng_state(states.pop())
+        expected = PerturbStain(max_offset=10, slope=0.1, darkness=0.2)(normalize(images))
+        for index in range(3):
+            (axes,) = [axes for axes in FLIPS if torch.equal(mask[index], masks[index].flip(axes))]
+            torch.testing.assert_close(image[index], expected[index].flip(axes), atol=1e-5, rtol=0)
+            left, top, right, bottom = BOXES[index].T
+            if -1 in axes:
+                left, right = 63 - right, 63 - left
+            if -2 in axes:
+                top, bottom = 63 - bottom, 63 - top
+            torch.testing.assert_close(boxes[index], torch.stack([left, top, right, bottom], dim=1), atol=1, rtol=0)
+            colors.add(tuple(image[index].mean(dim=(1, 2)).tolist()))
+            seen.add(tuple(axes))
+    assert len(colors) == 18
+    assert len(seen) == 4
 
 
 def test_the_command(monkeypatch, capsys):

@@ -113,6 +113,55 @@ def test_workers_draw_different_perturbations():
     assert len({tuple(shift.tolist()) for shift in shifts}) == COUNT
 
 
+class OneTile(Dataset):
+    """The same tile again and again, perturbed."""
+
+    def __len__(self):
+        return COUNT
+
+    def __getitem__(self, index):
+        return PerturbStain(20)(render_tile(0, 16))
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"multiprocessing_context": "fork"},
+        {"multiprocessing_context": "fork", "persistent_workers": True},
+        pytest.param({"multiprocessing_context": "spawn"}, marks=pytest.mark.slow),
+        pytest.param({"multiprocessing_context": "spawn", "persistent_workers": True}, marks=pytest.mark.slow),
+    ],
+    ids=lambda way: " ".join(map(str, way.values())),
+)
+def test_workers_and_epochs_draw_differently_by_the_generator_of_the_loader(way):
+    """By hand: of each worker, torch's generator has the seed that the loader drew, plus the number of the worker."""
+    loader = DataLoader(OneTile(), batch_size=1, num_workers=2, generator=torch.Generator().manual_seed(3), **way)
+    draws = [[image[0] for image in loader] for _ in range(2)]
+    assert len({image.numpy().tobytes() for epoch in draws for image in epoch}) == 2 * COUNT
+
+    seeds = torch.Generator().manual_seed(3)
+    perturb, tile = PerturbStain(20), render_tile(0, 16)
+    first, second = (int(torch.empty((), dtype=torch.int64).random_(generator=seeds)) for _ in range(2))
+    for worker in range(2):
+        torch.manual_seed(first + worker)
+        assert all(torch.equal(image, perturb(tile)) for image in draws[0][worker::2])
+        # A worker that stays goes on.
+        if "persistent_workers" not in way:
+            torch.manual_seed(second + worker)
+        assert all(torch.equal(image, perturb(tile)) for image in draws[1][worker::2])
+
+
+def test_without_workers_the_generator_of_the_loader_decides_no_color():
+    def draw():
+        return torch.cat(list(DataLoader(OneTile(), generator=torch.Generator().manual_seed(3))))
+
+    torch.manual_seed(0)
+    first, second = draw(), draw()
+    assert not torch.equal(first, second)
+    torch.manual_seed(0)
+    assert torch.equal(draw(), first)
+
+
 def test_a_fork_while_another_thread_makes_a_table_does_not_hang(monkeypatch):
     """A worker copies the lock as it is held, by a thread that it does not copy."""
     slide = NormalizeStain.pretrained().for_slide([render_tile(0)])
