@@ -108,6 +108,8 @@ class _Strip:
         )
         self.f = self.f_and_one[:3]
         self.f_and_one[3] = 1
+        # Asked once, as it takes as long as a product.
+        self.multiply = _multiply if _is_exact() else _multiply_by_rows
 
     def shifted(self, image: Tensor, weights: Tensor, darker: bool) -> Tensor:
         """An image (3, H, W), shifted by a Change, (5, 4), that moves L* or not: (3, H W), of uint8 as int32."""
@@ -133,7 +135,7 @@ class _Strip:
     def _move(self, weights: Tensor, darker: bool) -> None:
         """Moves ``linear``, which is not clamped."""
         to_xzy, from_xzy = _matrices(_BINS if self.is_bytes else 1)
-        _multiply(to_xzy, self.linear, self.xzy)
+        self.multiply(to_xzy, self.linear, self.xzy)
         # So that NaN, which is not below, is dark as well.
         dark = not float(self.xzy.amin()) >= cie.EPSILON
         if dark:
@@ -143,7 +145,7 @@ class _Strip:
         if dark:
             self.f.add_(below, alpha=cie.KAPPA / 116)
 
-        _multiply(weights, self.f_and_one, self.terms)
+        self.multiply(weights, self.f_and_one, self.terms)
         step, below_white, above_black = self.terms[2:].unbind()
         share = torch.minimum(below_white, above_black.clamp_(0, 1), out=below_white).clamp_(min=0)
         self.terms[:2].mul_(share)
@@ -161,7 +163,7 @@ class _Strip:
         else:
             # Of the same f, so that its error hardly shows in the difference.
             torch.pow(moved, 3, out=moved).sub_(torch.pow(f, 3, out=self.xzy[:moving]))
-        _multiply(from_xzy[:, :moving], moved, self.linear, add=True)
+        self.multiply(from_xzy[:, :moving], moved, self.linear, add=True)
 
     def _cube_root(self) -> None:
         """Of ``xzy``, which is lost, to ``f``."""
@@ -177,9 +179,11 @@ class _Strip:
 
 def _multiply(matrix: Tensor, rows: Tensor, out: Tensor, add: bool = False) -> None:
     """Writes a product of matrices to ``out``, or adds it."""
-    if _is_exact():
-        out.addmm_(matrix, rows, beta=int(add))
-        return
+    out.addmm_(matrix, rows, beta=int(add))
+
+
+def _multiply_by_rows(matrix: Tensor, rows: Tensor, out: Tensor, add: bool = False) -> None:
+    """The same without a product of matrices."""
     for weights, target in zip(matrix.tolist(), out, strict=True):
         for number, (weight, row) in enumerate(zip(weights, rows, strict=True)):
             if number or add:
