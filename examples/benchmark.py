@@ -204,8 +204,8 @@ def augmentation(name: str) -> Callable[[Case, Tensor], Call]:
 AUGMENTERS = {
     "PerturbStain": augmentation("perturbstain"),
     "HEStain (albumentations)": augmentation("hestain"),
-    "RandStainNA (OpenCV)": augmentation("randstainna"),
-    "HED jitter (skimage)": augmentation("hed-jitter"),
+    "RandStainNA (by OpenCV)": augmentation("randstainna"),
+    "HED jitter (by skimage)": augmentation("hed-jitter"),
     "ColorJitter (torchvision)": augmentation("color-jitter"),
     "StainAugmentor (tiatoolbox)": augmentation("stain-augmentor"),
 }
@@ -235,7 +235,7 @@ NEEDS = {
     "(tiatoolbox)": "tiatoolbox",
     "(torchstain)": "torchstain",
     "(albumentations)": "albumentations",
-    "(skimage)": "skimage",
+    "(by skimage)": "skimage",
 }
 CUDA_METHODS = (
     "NormalizeStain",

@@ -25,7 +25,7 @@ from random import Random
 import numpy as np
 import torch
 from lab_augmentations import AUGMENTATIONS, Augment
-from lab_colors import METHODS, Method, change_of, library_of, quiet
+from lab_colors import METHODS, Method, change_of, libraries_of, quiet
 from lab_figures import Run, check_outputs, earlier_figures, measure, plot, print_table
 from lab_images import Data, Labeled, digest, find_images, split_lab
 from lab_models import Encoder, Recipe, build, check_side, embed, fit_probe, load_encoder, logits, probability, train
@@ -60,7 +60,7 @@ def main() -> None:
         help="name or file of the target, for all training labs or for one (default: camelyon17)",
     )  # fmt: skip
     parser.add_argument("--model", help="small, or a model of torchvision (default: small)")
-    parser.add_argument("--encoder", help="frozen, with a linear probe: efficientnet-lite0, or a model of timm")
+    parser.add_argument("--encoder", help="with a linear probe, frozen: efficientnet-lite0, or a model of timm")
     parser.add_argument("--finetune", action="store_true", help="train all of the encoder, with a linear layer")
     parser.add_argument(
         "--paper", action="store_true",
@@ -175,11 +175,11 @@ def titles_of(methods: Sequence[str]) -> dict[str, str]:
     for method in dict.fromkeys(methods):
         title = METHODS[method].title
         try:
-            library = library_of(METHODS[method])
+            named = [library for library in libraries_of(METHODS[method]) if library in NAMED]
         except ModuleNotFoundError as error:
             print(f"left out: {title}, because {error}", file=sys.stderr)
             continue
-        titles[method] = f"{title} ({library})" if library in NAMED else title
+        titles[method] = f"{title} ({', '.join(named)})" if named else title
     if not titles:
         raise ValueError('expected a method that is installed, got none: run pip install -e ".[evidence]"')
     return titles

@@ -59,21 +59,28 @@ REFERENCED = {
 }
 
 
-def library_of(method: Method) -> str | None:
-    """The installed library that a method is from; None for those of this package.
+def libraries_of(method: Method) -> list[str]:
+    """The installed libraries that a method needs, besides this package.
 
     Raises:
-        ModuleNotFoundError: none is installed.
+        ModuleNotFoundError: one is not installed.
     """
-    libraries = [library for library, _ in REFERENCED.get(method.colors, ())]
+    found = [library_of(method.colors)] if method.colors in REFERENCED else []
     if method.augmentation:
-        libraries.append(AUGMENTATIONS[method.augmentation].library)
+        library = AUGMENTATIONS[method.augmentation].library
+        if not importlib.util.find_spec(library):
+            raise ModuleNotFoundError(f"{library} is not installed")
+        found.append(library)
+    return found
+
+
+def library_of(colors: str) -> str:
+    """The first that is installed of the libraries that change colors like this: see ``libraries_of``."""
+    libraries = [library for library, _ in REFERENCED[colors]]
     for library in libraries:
         if importlib.util.find_spec(library):
             return library
-    if libraries:
-        raise ModuleNotFoundError(f"{' or '.join(libraries)} is not installed")
-    return None
+    raise ModuleNotFoundError(f"{' or '.join(libraries)} is not installed")
 
 
 def change_of(
@@ -131,7 +138,7 @@ def normalize_each(colors: str, reference: np.ndarray, images: np.ndarray) -> np
     key = (colors, hash(reference.tobytes()))
     if key not in _fitted:
         _fitted.clear()
-        fit = dict(REFERENCED[colors])[library_of(Method(colors, colors))]
+        fit = dict(REFERENCED[colors])[library_of(colors)]
         _fitted[key] = fit(torch.from_numpy(reference))
     after = images.copy()
     for number, image in enumerate(images):

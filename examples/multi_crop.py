@@ -1,4 +1,4 @@
-"""PerturbStain in the multi-crop augmentation of DINO: global and local crops of one tile, each in a color of its own.
+"""PerturbStain in multi-crop augmentation, as of DINO: global and local crops of one tile, each in its own color.
 
 python examples/multi_crop.py --tile examples/tiles/lab_a/tile_1.png --local-crops 4
 
@@ -76,6 +76,8 @@ def main() -> None:
     parser.add_argument("--tile", type=file_name, default=TILES / "lab_a/tile_1.png")
     parser.add_argument("--local-crops", type=int, default=8, help="how many (default: %(default)s)")
     options = parser.parse_args()
+    if options.local_crops < 0:
+        parser.error(f"expected --local-crops of 0 or more, got {options.local_crops}")
     torch.manual_seed(0)
     crops = MultiCrop(local_crops=options.local_crops)(Image.open(options.tile).convert("RGB"))
     for number, each in enumerate(crops):

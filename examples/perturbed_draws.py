@@ -4,7 +4,7 @@ python examples/perturbed_draws.py --out draws.jpg
 python examples/perturbed_draws.py --tile examples/tiles/lab_c/tile_1.png --strength 15 0.1 0.2 --out draws.jpg
 
 The tile comes first. Over each draw stands its offset for a usual color of tissue, in Lab units, and the factor of its
-darkness. All strengths take the same random numbers, so draws at the same place go the same way.
+darkness. All strengths take the same random numbers, so offsets at the same place differ in size alone.
 """
 
 import argparse

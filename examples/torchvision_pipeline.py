@@ -3,8 +3,8 @@
 python examples/torchvision_pipeline.py --tiles examples/tiles --workers 2 --seed 0
 
 All of them draw from torch's generator, which a DataLoader seeds for each worker, anew in each epoch: no two draw
-alike. The ``generator`` of the DataLoader decides these seeds, so that a run with as many workers can be repeated.
-Without workers the main process draws: call ``torch.manual_seed`` too.
+alike. The ``generator`` of the DataLoader decides these seeds, so that a run with the same number of workers can be
+repeated. Without workers the main process draws: call ``torch.manual_seed`` too.
 """
 
 import argparse
@@ -25,6 +25,14 @@ from stainnorm_transform.cli.options import path_name
 TILES = Path(__file__).parent / "tiles"
 
 
+class SanitizeBoxes(v2.SanitizeBoundingBoxes):
+    """Drops boxes cut off, and their labels; it leaves masks alone, which torchvision takes for one mask a box."""
+
+    def forward(self, sample: dict[str, Any]) -> dict[str, Any]:
+        others = {name: value for name, value in sample.items() if not isinstance(value, tv_tensors.Mask)}
+        return sample | super().forward(others)
+
+
 def for_training(
     normalize: NormalizeStain | None = None, perturb: PerturbStain | None = None, size: int = 224
 ) -> v2.Compose:
@@ -40,7 +48,7 @@ def for_training(
             v2.RandomResizedCrop(size, scale=(0.5, 1)),
             v2.RandomHorizontalFlip(),
             v2.RandomVerticalFlip(),
-            v2.SanitizeBoundingBoxes(),
+            SanitizeBoxes(),
             v2.ToImage(),
             v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
             v2.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]),
