@@ -85,6 +85,8 @@ def main() -> None:
     paths = sorted(options.tiles.rglob("*.png"))
     if not paths:
         parser.error(f"expected a folder of PNG tiles, like examples/tiles, got {options.tiles}")
+    if options.workers < 0:
+        parser.error(f"expected --workers of 0 or more, got {options.workers}")
     torch.manual_seed(options.seed)
     generator = torch.Generator().manual_seed(options.seed)
     # As lists: each sample has as many boxes as it has.

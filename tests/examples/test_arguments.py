@@ -120,3 +120,8 @@ def test_every_path_option_refuses_an_empty_name(path):
         if keyword.arg == "type"
     ]
     assert set(types) <= {"int", "float", "path_name", "file_name", "folder"}
+
+
+@pytest.mark.parametrize(("name", "option"), [("multi_crop", "--local-crops"), ("torchvision_pipeline", "--workers")])
+def test_a_number_below_zero_is_refused(fail, name, option):
+    assert f"expected {option} of 0 or more, got -1" in fail(name, option, "-1")
