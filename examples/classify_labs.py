@@ -25,7 +25,7 @@ from random import Random
 import numpy as np
 import torch
 from lab_augmentations import AUGMENTATIONS, Augment
-from lab_colors import METHODS, Method, change_of, libraries_of, quiet
+from lab_colors import METHODS, Method, change_of, quiet, with_library
 from lab_figures import Run, check_outputs, earlier_figures, measure, plot, print_table
 from lab_images import Data, Labeled, digest, find_images, split_lab
 from lab_models import Encoder, Recipe, build, check_side, embed, fit_probe, load_encoder, logits, probability, train
@@ -37,7 +37,6 @@ from stainnorm_transform.files import replacing
 from stainnorm_transform.resources import choose_device, cores
 
 SIDE = 96
-NAMED = ("albumentations", "tiatoolbox", "torchstain")  # libraries that a method's title has
 STATISTICS = 256  # images of the training lab that an augmentation may look at
 MEMORY = 2**31  # bytes of the images of a method that are kept
 PAPER = Recipe("resnet50", steps=3000, batch=32, learning_rate=0.001, weight_decay=0.01, validated=True)
@@ -175,11 +174,9 @@ def titles_of(methods: Sequence[str]) -> dict[str, str]:
     for method in dict.fromkeys(methods):
         title = METHODS[method].title
         try:
-            named = [library for library in libraries_of(METHODS[method]) if library in NAMED]
+            titles[method] = with_library(title, METHODS[method])
         except ModuleNotFoundError as error:
             print(f"left out: {title}, because {error}", file=sys.stderr)
-            continue
-        titles[method] = f"{title} ({', '.join(named)})" if named else title
     if not titles:
         raise ValueError('expected a method that is installed, got none: run pip install -e ".[evidence]"')
     return titles

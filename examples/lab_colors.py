@@ -21,6 +21,7 @@ from stainnorm_transform import NormalizeStain
 from stainnorm_transform.color import shift_ab
 from stainnorm_transform.resources import cores
 
+NAMED = ("albumentations", "tiatoolbox", "torchstain")  # libraries that a title has
 SLIDE_SAMPLE = 48  # images of a slide that its map is estimated from
 REFERENCES = 16  # images of the training lab that the others take, side by side
 
@@ -59,11 +60,11 @@ REFERENCED = {
 }
 
 
-def libraries_of(method: Method) -> list[str]:
-    """The installed libraries that a method needs, besides this package.
+def with_library(title: str, method: Method) -> str:
+    """A title, and the library of others that a method is from.
 
     Raises:
-        ModuleNotFoundError: one is not installed.
+        ModuleNotFoundError: what the method needs is not installed.
     """
     found = [library_of(method.colors)] if method.colors in REFERENCED else []
     if method.augmentation:
@@ -71,11 +72,16 @@ def libraries_of(method: Method) -> list[str]:
         if not importlib.util.find_spec(library):
             raise ModuleNotFoundError(f"{library} is not installed")
         found.append(library)
-    return found
+    named = [library for library in found if library in NAMED]
+    return f"{title} ({', '.join(named)})" if named else title
 
 
 def library_of(colors: str) -> str:
-    """The first that is installed of the libraries that change colors like this: see ``libraries_of``."""
+    """The first that is installed of the libraries that change colors like this.
+
+    Raises:
+        ModuleNotFoundError: none is installed.
+    """
     libraries = [library for library, _ in REFERENCED[colors]]
     for library in libraries:
         if importlib.util.find_spec(library):

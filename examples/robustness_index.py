@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from classify_labs import pool_of
 from kornia.color import lab_to_rgb, rgb_to_lab
-from lab_colors import METHODS, REFERENCED, change_of, libraries_of
+from lab_colors import METHODS, REFERENCED, change_of, with_library
 from lab_features import measure
 from lab_figures import RESAMPLES, check_outputs, earlier_figures, interval, spread
 from lab_images import Change, Data, Labeled, digest, draw, of_folders, of_wilds
@@ -253,12 +253,10 @@ def plan(
     for name in dict.fromkeys(methods):
         way, colors = WAYS[name], METHODS[WAYS[name].method].colors
         try:
-            libraries = libraries_of(METHODS[way.method])
+            title = with_library(way.title, METHODS[way.method])
         except ModuleNotFoundError as error:
             print(f"left out: {way.title}, because {error}", file=sys.stderr)
             continue
-        named = [library for library in libraries if library in ("tiatoolbox", "torchstain")]
-        title = f"{way.title} ({named[0]})" if named else way.title
         of_way = references if colors in REFERENCED else targets if colors in ("tile", "slide") else targets[:1]
         for target in dict.fromkeys(of_way):
             yield title if colors == "scanned" else f"{title}, to {target}", way, target
