@@ -57,9 +57,7 @@ class RandomStain(A.ImageOnlyTransform):
     Images of one call, such as ``images`` or those of ``additional_targets``, share their change of color.
 
     Args:
-        max_offset: as for PerturbStain, as are slope, darkness and preserve_white.
-        slope: how much the offset depends on the color.
-        darkness: how much the darkness varies.
+        max_offset: as for PerturbStain, as is preserve_white.
         preserve_white: whether white glass and black keep their color.
         p: share of the images.
     """
@@ -68,22 +66,17 @@ class RandomStain(A.ImageOnlyTransform):
         """Arguments that Albumentations checks."""
 
         max_offset: float
-        slope: float
-        darkness: float
         preserve_white: bool
 
     def __init__(
         self,
         max_offset: float = 10.0,
-        slope: float = 0.1,
-        darkness: float = 0.2,
         preserve_white: bool = True,
         p: float = 1.0,
     ) -> None:
         super().__init__(p=p)
-        self.max_offset, self.slope, self.darkness = max_offset, slope, darkness
-        self.preserve_white = preserve_white
-        self.perturb = PerturbStain(max_offset, slope, darkness, preserve_white)
+        self.max_offset, self.preserve_white = max_offset, preserve_white
+        self.perturb = PerturbStain(max_offset, preserve_white)
 
     def get_params(self) -> dict[str, int]:
         return {"torch_seed": self.py_random.getrandbits(63)}

@@ -50,7 +50,7 @@ def perturb_stain(images: Tensor, seed: int) -> Augment:
 
 def weak_perturb_stain(images: Tensor, seed: int) -> Augment:
     """For images that are normalized before."""
-    return PerturbStain(max_offset=10, slope=0.1, darkness=0.2)
+    return PerturbStain(max_offset=10)
 
 
 def hestain(images: Tensor, seed: int) -> Array:

@@ -1,10 +1,10 @@
 """Shows nine draws of PerturbStain for each strength, on one tile, before you train with it.
 
 python examples/perturbed_draws.py --out draws.jpg
-python examples/perturbed_draws.py --tile examples/tiles/lab_c/tile_1.png --strength 15 0.1 0.2 --out draws.jpg
+python examples/perturbed_draws.py --tile examples/tiles/lab_c/tile_1.png --max-offset 15 --out draws.jpg
 
-The tile comes first. Over each draw stands its offset for a usual color of tissue, in Lab units, and the factor of its
-darkness. All strengths take the same random numbers, so offsets at the same place differ in size alone.
+The tile comes first. Over each draw stands its offset for tissue of L* = 60, in Lab units. All strengths take the same
+random numbers, so offsets at the same place differ in size alone.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from stainnorm_transform.cli.options import file_name, path_name
 from stainnorm_transform.files import replacing
 from stainnorm_transform.folders import images
 
-STRENGTHS = [[10.0, 0.1, 0.2], [20.0, 0.2, 0.2]]  # max_offset, slope, darkness
+STRENGTHS = [10.0, 25.0]
 DRAWS, COLUMNS = 9, 5
 SIDE, LINE, MARGIN = 96, 16, 4  # pixels
 
@@ -29,12 +29,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tile", type=file_name, help="RGB image, shown small (default: a synthetic tile)")
     parser.add_argument(
-        "--strength",
+        "--max-offset",
         type=float,
-        nargs=3,
-        action="append",
-        metavar=("MAX_OFFSET", "SLOPE", "DARKNESS"),
-        help="arguments of PerturbStain, which may be given several times (default: 10 0.1 0.2 and 20 0.2 0.2)",
+        nargs="+",
+        default=STRENGTHS,
+        help="strengths of PerturbStain (default: 10 25)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default: %(default)s)")
     parser.add_argument("--out", type=path_name, required=True, help="image file to write, such as draws.jpg")
@@ -42,7 +41,7 @@ def main() -> None:
     try:
         check_output(options.out, options.tile)
         tile = read(options.tile) if options.tile else synthetic_tile()
-        perturbations = [PerturbStain(*strength) for strength in options.strength or STRENGTHS]
+        perturbations = [PerturbStain(strength) for strength in options.max_offset]
     except ValueError as error:
         parser.error(str(error))
     sheet = contact_sheet(tile, perturbations, options.seed)
@@ -87,8 +86,8 @@ def contact_sheet(tile: Image.Image, perturbations: list[PerturbStain], seed: in
     draw = ImageDraw.Draw(sheet)
     for number, perturb in enumerate(perturbations):
         top = number * block
-        strength = f"max_offset={perturb.max_offset:g}, slope={perturb.slope:g}, darkness={perturb.darkness:g}"
-        draw.text((MARGIN, top + 2), f"PerturbStain({strength})", "black", ImageFont.load_default(13))
+        caption = f"PerturbStain(max_offset={perturb.max_offset:g})"
+        draw.text((MARGIN, top + 2), caption, "black", ImageFont.load_default(13))
         for place, (caption, image) in enumerate([("the tile", small), *draws(small, perturb, seed)]):
             x = MARGIN + place % COLUMNS * width
             y = top + LINE + MARGIN + place // COLUMNS * height
@@ -103,10 +102,9 @@ def draws(tile: Image.Image, perturb: PerturbStain, seed: int) -> list[tuple[str
     for number in range(DRAWS):
         torch.manual_seed(seed * DRAWS + number)
         params = perturb.make_params([tile])
-        ((shift, darkness),) = params["changes"].values()
-        a, b = (round(value) for value in (shift[:, 0] if shift.ndim == 2 else shift).tolist())
-        factor = 1.0 if darkness is None else float(darkness)
-        made.append((f"a* {a:+d}, b* {b:+d}, x {factor:.2f}", perturb.transform(tile, params)))
+        ((color_map, factor),) = params["changes"].values()
+        lightness, a, b = (round(value) for value in [60 * (float(factor) - 1), *color_map[:, 0].tolist()])
+        made.append((f"L* {lightness:+d} a* {a:+d} b* {b:+d}", perturb.transform(tile, params)))
     return made
 
 

@@ -28,6 +28,8 @@ with warnings.catch_warnings():
 # differs the less, in proportion. Nor does black up to 5 take any, as padding and masks have it.
 FULL_LIGHTNESS, WHITE_LIGHTNESS = (10.0, 60.0), 97.0
 BLACK_LIGHTNESS = 5.0
+# Factors of L* by which, with white and black preserved, what is lighter stays lighter, at L* = 10 and at 97.
+LIGHTNESS_FACTORS = 2 / 3, 1 + 37 / 97
 
 # A map gives an offset for every color, ``B z`` with B (2, 4) and z = (1, (L* - 60) / 20, (a* - 20) / 20,
 # (b* + 12) / 20): its first column is the offset of a usual color of tissue, the others how it differs 20 units away.
@@ -47,7 +49,7 @@ _Z_OF_F = torch.tensor(
     dtype=torch.float64,
     device="cpu",
 ).tolist()
-# Larger shifts, and factors of darkness, are taken as this: nearly all colors are then at the border of the gamut.
+# Larger shifts, and factors of L*, are taken as this: nearly all colors are then at the border of the gamut.
 _LARGEST = 1e4
 
 # Colors of uint8 images.
@@ -60,7 +62,7 @@ _STRIP_PIXELS = 1 << 17
 _CUDA_STRIP_PIXELS = 1 << 22
 
 
-def shift_ab(image: Tensor, shift: Tensor, preserve_white: bool = True, darkness: Tensor | None = None) -> Tensor:
+def shift_ab(image: Tensor, shift: Tensor, preserve_white: bool = True, lightness: Tensor | None = None) -> Tensor:
     """Adds an offset to a* and b* of sRGB images, or that of a map; the Lab image is never formed.
 
     L* is a function of relative luminance Y alone, so moving (a*, b*) at constant L* only moves f(X) by
@@ -73,7 +75,10 @@ def shift_ab(image: Tensor, shift: Tensor, preserve_white: bool = True, darkness
     (b* + 12) / 20)``. So its first column is the offset of a usual color of tissue, and the others are by how much the
     offset grows for 20 units of L*, of a* and of b*. A map whose slopes are 0 is an offset.
 
-    Differentiable in ``image`` (floating point), ``shift`` and ``darkness``. On the CPU the result for an image does
+    ``lightness`` multiplies L* by ``1 + w (lightness - 1)``, at constant a*, b*. From 0.67 to 1.38
+    (LIGHTNESS_FACTORS), no pixel becomes lighter than one that was lighter.
+
+    Differentiable in ``image`` (floating point), ``shift`` and ``lightness``. On the CPU the result for an image does
     not depend, to the last bit, on the batch it is in; whether a gradient is recorded changes it by up to 2e-5.
 
     Args:
@@ -81,17 +86,16 @@ def shift_ab(image: Tensor, shift: Tensor, preserve_white: bool = True, darkness
         shift: an offset (da, db) in CIELAB units (D65, 2 degree observer), shape (2,), or a map B, shape (2, 4), in the
             same units; one for all images, or with the leading dimensions of ``image``: (..., 2) or (..., 2, 4).
         preserve_white: whether to fade the shift out from L* = 60 to 97, and from 10 to 5.
-        darkness: factors of 100 - L*, at constant a*, b*, 0 or more: shape () or the leading dimensions of ``image``.
-            Black keeps its L* with ``preserve_white``.
+        lightness: factors of L*, 0 or more: shape () or the leading dimensions of ``image``. None is 1.
 
     Returns:
         sRGB of the shape, dtype, device and memory format of ``image``. float64 is computed in float64, every other
         dtype in float32.
 
     Raises:
-        TypeError: ``image`` is neither uint8 nor floating point, or ``shift`` or ``darkness`` no tensor.
-        ValueError: the shapes do not fit the rules above; on the CPU also, the shift or the darkness is not finite, or
-            the darkness below 0.
+        TypeError: ``image`` is neither uint8 nor floating point, or ``shift`` or ``lightness`` no tensor.
+        ValueError: the shapes do not fit the rules above; on the CPU also, the shift or the lightness is not finite, or
+            the lightness below 0.
 
     Example:
         >>> pink = torch.tensor([0.9, 0.6, 0.7]).view(3, 1, 1)
@@ -100,8 +104,8 @@ def shift_ab(image: Tensor, shift: Tensor, preserve_white: bool = True, darkness
         [0.88, 0.6, 0.75]
     """
     check_image(image)
-    for name, value in (("shift", shift), ("darkness", darkness)):
-        if not isinstance(value, Tensor) and not (value is None and name == "darkness"):
+    for name, value in (("shift", shift), ("lightness", lightness)):
+        if not isinstance(value, Tensor) and not (value is None and name == "lightness"):
             raise TypeError(f"expected {name} to be a tensor, got {type(value).__name__}")
     leading = image.shape[:-3]
     end = (2, 4) if shift.shape[-1:] == (4,) else (2,)
@@ -111,20 +115,20 @@ def shift_ab(image: Tensor, shift: Tensor, preserve_white: bool = True, darkness
         raise ValueError(
             f"expected a shift of shape {expected} for an image of shape {tuple(image.shape)}, got {tuple(shift.shape)}"
         )
-    if darkness is not None and darkness.shape not in ((), leading):
-        raise ValueError(f"expected darkness of shape () or {tuple(leading)}, got {tuple(darkness.shape)}")
+    if lightness is not None and lightness.shape not in ((), leading):
+        raise ValueError(f"expected lightness of shape () or {tuple(leading)}, got {tuple(lightness.shape)}")
 
-    given = [value for value in (shift, darkness) if value is not None]
+    given = [value for value in (shift, lightness) if value is not None]
     is_on_cpu = eager_on_cpu(image, *given)
     if is_on_cpu and not all(value.isfinite().all() for value in given):
         raise ValueError(
-            f"expected a finite shift and darkness, got {', '.join(str(value.tolist()) for value in given)}"
+            f"expected a finite shift and lightness, got {', '.join(str(value.tolist()) for value in given)}"
         )
-    if darkness is not None and eager_on_cpu(image, darkness) and (darkness < 0).any():
-        raise ValueError(f"expected darkness of 0 or more, got {darkness.tolist()}")
+    if lightness is not None and eager_on_cpu(image, lightness) and (lightness < 0).any():
+        raise ValueError(f"expected lightness of 0 or more, got {lightness.tolist()}")
     rows = [shift.to(image.device).clamp(-_LARGEST, _LARGEST).expand(*leading, *end)]
-    if darkness is not None:
-        rows.append(darkness.to(image.device).clamp(max=_LARGEST).expand(leading))
+    if lightness is not None:
+        rows.append(lightness.to(image.device).clamp(max=_LARGEST).expand(leading))
     tracked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (image, *rows))
     if is_on_cpu and not tracked:
         with safe_after_fork():
@@ -138,11 +142,11 @@ def shift_ab(image: Tensor, shift: Tensor, preserve_white: bool = True, darkness
     return torch.empty_like(image).copy_(moved)
 
 
-def _unmoved(image: Tensor, shift: Tensor, darkness: Tensor | None = None) -> Tensor:
+def _unmoved(image: Tensor, shift: Tensor, lightness: Tensor | None = None) -> Tensor:
     """Which images stay as they are: (..., 1, 1, 1)."""
     unmoved = (shift.flatten(image.ndim - 3) == 0).all(dim=-1)
-    if darkness is not None:
-        unmoved = unmoved & (darkness == 1)
+    if lightness is not None:
+        unmoved = unmoved & (lightness == 1)
     return unmoved[..., None, None, None]
 
 
@@ -152,27 +156,27 @@ def _on_cpu(image: Tensor, preserve_white: bool, *rows: Tensor) -> Tensor:
         here = [row[place] for row in rows]
         # As numbers, which take less time than small tensors.
         color_map = [row if isinstance(row, list) else [row, 0.0, 0.0, 0.0] for row in here[0].tolist()]
-        darkness = here[1].item() if len(here) > 1 else None
-        if darkness in (None, 1) and not any(map(any, color_map)):
+        lightness = here[1].item() if len(here) > 1 else None
+        if lightness in (None, 1) and not any(map(any, color_map)):
             out[place] = image[place]
         elif image.dtype == torch.float64:
             for strip, target in strips.split(image[place], out[place], max(1, _STRIP_PIXELS // image.shape[-1])):
                 target.copy_(shift_batch(strip, preserve_white, *here))
         else:
-            strips.shift(image[place], out[place], _change(preserve_white, color_map, darkness))
+            strips.shift(image[place], out[place], _change(preserve_white, color_map, lightness))
     return out
 
 
-def _change(preserve_white: bool, color_map: list[list[float]], darkness: float | None) -> strips.Change:
-    """A map (2, 4), and a darkness, in the terms of ``strips``."""
+def _change(preserve_white: bool, color_map: list[list[float]], lightness: float | None) -> strips.Change:
+    """A map (2, 4), and a lightness, in the terms of ``strips``."""
     parts = []
     for row, divisor in zip(color_map, (500, -200), strict=True):
         one, x, y, z = (sum(map(operator.mul, row, column)) / divisor for column in zip(*_Z_OF_F, strict=True))
         parts.append(strips.Linear(f_x=x, f_y=y, f_z=z, constant=one))
     to_x, to_z = parts
     to_y = None
-    if darkness is not None:
-        to_y = strips.Linear(f_y=darkness - 1, constant=1 - darkness)
+    if lightness is not None:
+        to_y = strips.Linear(f_y=lightness - 1, constant=(1 - lightness) * cie.F_BLACK)
     whole = strips.Linear(constant=1.0)
     if not preserve_white:
         return strips.Change(to_x, to_z, to_y, whole, whole)
@@ -305,11 +309,8 @@ def _pack(colors: Tensor, out: Tensor) -> None:
 def fade(lightness: Tensor) -> Tensor:
     """Share of a shift that a pixel of this L* takes, in [0, 1], where white and black are preserved."""
     below_white = (WHITE_LIGHTNESS - lightness) / (WHITE_LIGHTNESS - FULL_LIGHTNESS[1])
-    return torch.minimum(_above_black(lightness), below_white).clamp(0, 1)
-
-
-def _above_black(lightness: Tensor) -> Tensor:
-    return (lightness - BLACK_LIGHTNESS) / (FULL_LIGHTNESS[0] - BLACK_LIGHTNESS)
+    above_black = (lightness - BLACK_LIGHTNESS) / (FULL_LIGHTNESS[0] - BLACK_LIGHTNESS)
+    return torch.minimum(above_black, below_white).clamp(0, 1)
 
 
 def random_offset(shape: Sequence[int], max_offset: float, generator: torch.Generator | None = None) -> Tensor:
@@ -378,7 +379,7 @@ def one_by_one(function: Callable[..., Tensor], image: Tensor, *rows: Tensor) ->
     return out.reshape(*leading, *out.shape[1:])
 
 
-def shift_batch(image: Tensor, preserve_white: bool, shift: Tensor, darkness: Tensor | None = None) -> Tensor:
+def shift_batch(image: Tensor, preserve_white: bool, shift: Tensor, lightness: Tensor | None = None) -> Tensor:
     """``shift_ab`` of images (..., 3, H, W) by offsets (..., 2) or maps (..., 2, 4), unchecked and all at once."""
     dtype = torch.promote_types(image.dtype, torch.float32)
     work = image.to(dtype)
@@ -386,20 +387,18 @@ def shift_batch(image: Tensor, preserve_white: bool, shift: Tensor, darkness: Te
     linear = cie.decode(work)
     x, y, z = (_weighted(row, linear.unbind(-3)) for row in cie.M)
     f_x, f_y, f_z = cie.f(x), cie.f(y), cie.f(z)
-    lightness = 116 * f_y - 16
 
     moved_x, moved_z = (_of_color(terms, (f_x, f_y, f_z)) for terms in _terms(shift, dtype, image.device))
     if preserve_white:
-        share = fade(lightness)
+        share = fade(116 * f_y - 16)
         moved_x, moved_z = share * moved_x, share * moved_z
     d_y: Tensor | None = None
-    if darkness is not None:
-        step = (f_y - 1) * (darkness.to(image.device, dtype)[..., None, None] - 1)
+    if lightness is not None:
+        step = (f_y - cie.F_BLACK) * (lightness.to(image.device, dtype)[..., None, None] - 1)
         if preserve_white:
-            step = step * _above_black(lightness).clamp(0, 1)
-        darker = torch.clamp(f_y + step, min=cie.F_BLACK)
-        moved_x, moved_z = moved_x + (darker - f_y), moved_z + (darker - f_y)
-        d_y = cie.f_inverse(darker) - y
+            step = share * step
+        moved_x, moved_z = moved_x + step, moved_z + step
+        d_y = cie.f_inverse(f_y + step) - y
     d_x = cie.f_inverse(f_x + moved_x) - x
     # As in kornia and scikit-image, f(Z) stops at 0.
     d_z = cie.f_inverse(torch.clamp(f_z + moved_z, min=0)) - z

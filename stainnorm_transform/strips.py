@@ -39,7 +39,7 @@ class Change(NamedTuple):
     Attributes:
         to_x: to f(X), of pixels that take the whole shift.
         to_z: to f(Z), the same.
-        to_y: to f(Y), and so to all three, before black is kept; None if L* stays.
+        to_y: to f(Y), and so to all three, the same; None if L* stays.
         below_white: how far a pixel is from white, in shares of a shift.
         above_black: how far it is from black.
     """
@@ -111,7 +111,7 @@ class _Strip:
         # Asked once, as it takes as long as a product.
         self.multiply = _multiply if _is_exact() else _multiply_by_rows
 
-    def shifted(self, image: Tensor, weights: Tensor, darker: bool) -> Tensor:
+    def shifted(self, image: Tensor, weights: Tensor, lighter: bool) -> Tensor:
         """An image (3, H, W), shifted by a Change, (5, 4), that moves L* or not: (3, H W), of uint8 as int32."""
         if self.is_bytes:
             levels, steps = _tables()
@@ -119,7 +119,7 @@ class _Strip:
         else:
             self.xzy.view(image.shape).copy_(image).clamp_(0, 1)
             cie.decode(self.xzy, out=self.linear, spare=self.xzy)
-        self._move(weights, darker)
+        self._move(weights, lighter)
         if not self.is_bytes:
             return cie.encode(self.linear, out=self.xzy, spare=self.linear).clamp_(0, 1)
         bins = self.terms[:3].view(torch.int32).copy_(self.linear.clamp_(0, _BINS))
@@ -132,7 +132,7 @@ class _Strip:
         for of_channel, channel in zip(index, out, strict=True):
             torch.index_select(table, 0, self.index.copy_(of_channel.view(-1)), out=channel)
 
-    def _move(self, weights: Tensor, darker: bool) -> None:
+    def _move(self, weights: Tensor, lighter: bool) -> None:
         """Moves ``linear``, which is not clamped."""
         to_xzy, from_xzy = _matrices(_BINS if self.is_bytes else 1)
         self.multiply(to_xzy, self.linear, self.xzy)
@@ -146,15 +146,12 @@ class _Strip:
             self.f.add_(below, alpha=cie.KAPPA / 116)
 
         self.multiply(weights, self.f_and_one, self.terms)
-        step, below_white, above_black = self.terms[2:].unbind()
+        below_white, above_black = self.terms[3:]
         share = torch.minimum(below_white, above_black.clamp_(0, 1), out=below_white).clamp_(min=0)
-        self.terms[:2].mul_(share)
-        if darker:
-            f_y = self.f[2]
-            step.mul_(above_black).add_(f_y).clamp_(min=cie.F_BLACK).sub_(f_y)
-            self.terms[:2].add_(step)
-        moving = 3 if darker else 2
-        f, moved = self.f[:moving], self.terms[:moving]
+        moving = 3 if lighter else 2
+        f, moved = self.f[:moving], self.terms[:moving].mul_(share)
+        if lighter:
+            moved[:2].add_(moved[2])
         moved.add_(f)
         # As in kornia and scikit-image, f(Z) stops at 0.
         moved[1].clamp_(min=0)

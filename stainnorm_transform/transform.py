@@ -22,14 +22,14 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from stainnorm_transform import weights as weights_files
 from stainnorm_transform.color import (
+    LIGHTNESS_FACTORS,
+    MAP_CENTER,
+    MAP_UNIT,
     TABLE_SIZE,
     as_map,
     check_image,
     image_of,
     look_up,
-    random_factors,
-    random_offset,
-    random_slopes,
     shift_ab,
     shift_table,
 )
@@ -43,6 +43,8 @@ _TABLES = 2
 _tables: dict[tuple[float, ...], Tensor] = {}
 # Threads make a table once; several at a time would compete for memory.
 _making_a_table = threading.Lock()
+# The map of an offset that is L* / 60 of itself.
+_IN_PROPORTION = torch.tensor([1.0, MAP_UNIT / MAP_CENTER[0], 0.0, 0.0], dtype=torch.float32, device="cpu")
 
 # What of a NormalizeStain is no tensor, and what kind.
 _EXTRA: dict[str, type] = {"preserve_white": bool, "slopes": bool, "target": str, "recipe": str}
@@ -372,58 +374,49 @@ class NormalizeStain(_ImageTransform):
 
 
 class PerturbStain(_ImageTransform):
-    """Changes the colors of images at random, as stains and scanners do: augmentation, and the task of ``train``.
+    """Changes the colors of images at random, as stains and scanners do: augmentation, so that a model fits new labs.
 
-    a* and b* are shifted by a random map, see ``shift_ab``, and the darkness, 100 - L*, is multiplied. Takes and
-    returns what NormalizeStain does. Each image of a batch has its own change; the frames of a ``Video`` and images of
-    equal leading shape within one sample share theirs. Draws from torch's global generator.
+    L*, a* and b* of tissue of L* = 60 move independently, each by up to ``max_offset``, and those of other tissue in
+    proportion to its L*: so dark nuclei keep their hue better than stroma. White and black keep their color, see
+    ``shift_ab``. Takes and returns what NormalizeStain does. Each image of a batch has its own change; the frames of a
+    ``Video`` and images of equal leading shape within one sample share theirs. Draws from torch's global generator.
 
     Args:
-        max_offset: the offset of a usual color of tissue is uniform in [-max_offset, max_offset] for a* and for b*, in
-            Lab units.
-        slope: how much the offset changes for each Lab unit of color: the standard deviation of a random slope, whose
-            norm is at most 0.6. See ``color.random_slopes``; a map, see ``shift_ab``, has 20 times as much, for 20
-            units.
-        darkness: factors of the darkness are log-uniform from exp(-darkness) to exp(darkness).
-        preserve_white: whether white glass and black keep their color, see ``shift_ab``. Only pure white keeps its
-            darkness.
+        max_offset: offsets are uniform in [-max_offset, max_offset], in Lab units. Factors of L* stay within 0.67 and
+            1.38, which matters above 20, so that what is lighter stays lighter.
+        preserve_white: whether white glass and black keep their color, see ``shift_ab``.
 
     Raises:
-        TypeError: an argument is no number.
-        ValueError: an argument is negative or not finite.
+        TypeError: ``max_offset`` is no number.
+        ValueError: ``max_offset`` is negative or not finite.
 
     Example:
-        >>> PerturbStain(max_offset=20)(torch.rand(4, 3, 32, 32)).shape
+        >>> PerturbStain()(torch.rand(4, 3, 32, 32)).shape
         torch.Size([4, 3, 32, 32])
     """
 
-    def __init__(
-        self, max_offset: float = 20.0, slope: float = 0.2, darkness: float = 0.2, preserve_white: bool = True
-    ) -> None:
+    def __init__(self, max_offset: float = 25.0, preserve_white: bool = True) -> None:
         super().__init__()
-        for name, value in (("max_offset", max_offset), ("slope", slope), ("darkness", darkness)):
-            if isinstance(value, bool) or not isinstance(value, numbers.Real):
-                hint = ": name preserve_white" if isinstance(value, bool) else ""
-                raise TypeError(f"expected a number for {name}, got {type(value).__name__}{hint}")
-            if not 0 <= value < math.inf:
-                raise ValueError(f"expected a finite {name} >= 0, got {value}")
-        self.max_offset = max_offset
-        self.slope = slope
-        self.darkness = darkness
-        self.preserve_white = preserve_white
+        if isinstance(max_offset, bool) or not isinstance(max_offset, numbers.Real):
+            raise TypeError(f"expected a number for max_offset, got {type(max_offset).__name__}")
+        if not 0 <= max_offset < math.inf:
+            raise ValueError(f"expected a finite max_offset >= 0, got {max_offset}")
+        self.max_offset: float = max_offset
+        self.preserve_white: bool = preserve_white
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         shapes = dict.fromkeys(_leading_shape(inpt) for inpt in flat_inputs)
         return {"changes": {shape: self._change(shape) for shape in shapes}}
 
-    def _change(self, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
-        offset = random_offset(shape, self.max_offset)
-        shift = torch.cat([offset[..., None], random_slopes(shape, self.slope)], dim=-1) if self.slope else offset
-        return shift, random_factors(shape, self.darkness) if self.darkness else None
+    def _change(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """A map (*shape, 2, 4) and factors of L* (*shape)."""
+        offset = (2 * torch.rand(*shape, 3, dtype=torch.float32) - 1) * self.max_offset
+        color_map = offset[..., 1:, None] * _IN_PROPORTION
+        return color_map, (1 + offset[..., 0] / MAP_CENTER[0]).clamp(*LIGHTNESS_FACTORS)
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        shift, darkness = params["changes"][_leading_shape(inpt)]
-        return _like(inpt, lambda image: shift_ab(image, shift, self.preserve_white, darkness))
+        shift, lightness = params["changes"][_leading_shape(inpt)]
+        return _like(inpt, lambda image: shift_ab(image, shift, self.preserve_white, lightness))
 
 
 def _checked(value: Any, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -16,7 +16,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from stainnorm_transform import NormalizeStain, PerturbStain
 
-PERTURB = PerturbStain(15, 0.2, 0.1)
+PERTURB = PerturbStain(15)
 WAYS = [
     {"multiprocessing_context": "fork"},
     {"multiprocessing_context": "fork", "persistent_workers": True},
@@ -51,7 +51,7 @@ def normalize():
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_random_stain_is_perturb_stain_under_the_seed_of_the_compose(dtype, tile):
     A = pytest.importorskip("albumentations")  # noqa: N806
-    stain = example("albumentations_transform").RandomStain(15, 0.2, 0.1)
+    stain = example("albumentations_transform").RandomStain(15)
     boxes = A.BboxParams(format="pascal_voc", label_fields=["labels"])
     transform = A.Compose([stain, A.VerticalFlip(p=1)], bbox_params=boxes, seed=4)
     tensor = tile if dtype == np.uint8 else tile / 255
@@ -86,7 +86,7 @@ def test_the_seed_of_a_compose_decides_the_colors():
 
 def test_a_share_of_the_images_is_changed():
     A = pytest.importorskip("albumentations")  # noqa: N806
-    transform = A.Compose([example("albumentations_transform").RandomStain(15, 0.2, 0.1, p=0.3)], seed=9)
+    transform = A.Compose([example("albumentations_transform").RandomStain(15, p=0.3)], seed=9)
     tensor = render_tile(0, 16)
     numbers = random.Random(9)
     changed = 0
@@ -117,14 +117,14 @@ def test_random_stain_is_written_down_and_refuses_bad_arguments():
     A = pytest.importorskip("albumentations")  # noqa: N806
     RandomStain = example("albumentations_transform").RandomStain  # noqa: N806
     image = array(render_tile(0, 16))
-    transform = A.Compose([RandomStain(max_offset=25, slope=0, darkness=0.5, preserve_white=False, p=0.5)], seed=1)
+    transform = A.Compose([RandomStain(max_offset=25, preserve_white=False, p=0.5)], seed=1)
     copies = pickle.loads(pickle.dumps(transform)), A.from_dict(A.to_dict(transform))
     copies[1].set_random_seed(1)
     first, *others = ([each(image=image)["image"].tobytes() for _ in range(6)] for each in (transform, *copies))
     assert others == [first, first]
     assert len(set(first)) > 2
-    with pytest.raises(ValueError, match=r"finite slope >= 0, got -0\.1"):
-        RandomStain(slope=-0.1)
+    with pytest.raises(ValueError, match=r"finite max_offset >= 0, got -0\.1"):
+        RandomStain(max_offset=-0.1)
 
 
 class Arrays(Dataset):
@@ -163,7 +163,7 @@ def draws_of(transform, way, seed=0, init=None):
 def test_workers_of_albumentations_draw_alike_unless_they_are_seeded(way):
     A = pytest.importorskip("albumentations")  # noqa: N806
     albumentations_transform = example("albumentations_transform")
-    stain = albumentations_transform.RandomStain(15, 0.2, 0.1)
+    stain = albumentations_transform.RandomStain(15)
     flips = A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)
 
     seed_worker = albumentations_transform.seed_worker
@@ -456,7 +456,7 @@ def test_crops_are_of_the_whole_tile_normalized_once(normalize):
     own = NormalizeStain.pretrained()
     own.register_forward_hook(lambda module, given, out: seen.append(out))
     tile = render_tile(4, 96)
-    still = PerturbStain(max_offset=0, slope=0, darkness=0)
+    still = PerturbStain(max_offset=0)
     out = MultiCrop(own, still, local_crops=3, global_size=32, local_size=16)(tile)
     (normalized,) = seen
     assert torch.equal(normalized, normalize(tile))

@@ -55,14 +55,13 @@ def any_maps(count: int) -> torch.Tensor:
     return torch.stack([any_map(seed) for seed in range(count)]).float()
 
 
-def changed_lab(lab: torch.Tensor, color_map: torch.Tensor, preserve_white: bool, darkness: float = 1.0):
+def changed_lab(lab: torch.Tensor, color_map: torch.Tensor, preserve_white: bool, factor: float = 1.0):
     """What ``shift_ab`` says it does, in Lab: (3, H, W)."""
     lightness, a, b = lab
     z = torch.stack([torch.ones_like(a), (lightness - 60) / 20, (a - 20) / 20, (b + 12) / 20])
     distance = fade(lab, preserve_white) * torch.einsum("ij,jyx->iyx", color_map.to(lab.dtype), z)
-    share = ((lightness - 5) / 5).clip(0, 1) if preserve_white else 1
-    darker = (lightness - share * (darkness - 1) * (100 - lightness)).clip(min=0)
-    return torch.cat([darker[None], lab[1:] + distance])
+    lighter = lab[:1] * (1 + fade(lab, preserve_white) * (factor - 1))
+    return torch.cat([lighter, lab[1:] + distance])
 
 
 def inside_the_gamut(image: torch.Tensor) -> torch.Tensor:
@@ -95,28 +94,28 @@ def test_agrees_with_scikit_image_over_the_cube(offset, preserve_white):
 
 
 @BOTH
-@pytest.mark.parametrize("darkness", [None, 0.6, 1.5])
+@pytest.mark.parametrize("lightness", [None, 0.6, 1.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_map_agrees_with_kornia_over_the_cube(dtype, darkness, preserve_white):
+def test_a_map_agrees_with_kornia_over_the_cube(dtype, lightness, preserve_white):
     image = rgb_cube(32, dtype)
-    factor = None if darkness is None else torch.tensor(darkness, dtype=dtype)
+    factor = None if lightness is None else torch.tensor(lightness, dtype=dtype)
     for seed in range(6):
         color_map = any_map(seed)
-        expected = lab_to_rgb(changed_lab(rgb_to_lab(image), color_map, preserve_white, darkness or 1.0))
+        expected = lab_to_rgb(changed_lab(rgb_to_lab(image), color_map, preserve_white, lightness or 1.0))
         out = shift_ab(image, color_map.to(dtype), preserve_white, factor)
         torch.testing.assert_close(out, expected, atol=1e-4, rtol=0)
 
 
 @BOTH
-@given(seed=SEEDS, darkness=st.floats(0.5, 2))
+@given(seed=SEEDS, lightness=st.floats(0.5, 2))
 @settings(max_examples=10, deadline=None)
 @pytest.mark.filterwarnings("ignore:Conversion from CIE-LAB")
-def test_a_map_agrees_with_scikit_image_over_the_cube(preserve_white, seed, darkness):
+def test_a_map_agrees_with_scikit_image_over_the_cube(preserve_white, seed, lightness):
     image, color_map = rgb_cube(16, torch.float64), any_map(seed, offset=40.0)
     lab = torch.from_numpy(skimage.color.rgb2lab(image.numpy(), channel_axis=0))
-    changed = changed_lab(lab, color_map, preserve_white, darkness)
+    changed = changed_lab(lab, color_map, preserve_white, lightness)
     expected = skimage.color.lab2rgb(changed.numpy(), channel_axis=0)
-    out = shift_ab(image, color_map, preserve_white, torch.tensor(darkness, dtype=torch.float64))
+    out = shift_ab(image, color_map, preserve_white, torch.tensor(lightness, dtype=torch.float64))
     np.testing.assert_allclose(out.numpy(), expected, atol=1e-4)
 
 
@@ -128,23 +127,24 @@ def test_a_map_without_slopes_is_its_offset_to_the_last_bit(offset, dtype, prese
     image = (255 * cube).to(dtype) if dtype == torch.uint8 else cube.to(dtype)
     offset = torch.tensor(offset)
     assert as_map(offset).shape == (2, 4)
-    for darkness in (None, torch.tensor(0.8)):
+    for lightness in (None, torch.tensor(0.8)):
         for gradient in (False, True):
             shifts = [shift.clone().requires_grad_(gradient) for shift in (offset, as_map(offset))]
-            assert torch.equal(*(shift_ab(image, shift, preserve_white, darkness) for shift in shifts))
+            assert torch.equal(*(shift_ab(image, shift, preserve_white, lightness) for shift in shifts))
 
 
 @BOTH
 @given(seed=SEEDS)
 @settings(max_examples=20, deadline=None)
-def test_darkness_is_multiplied_and_the_hue_stays_inside_the_gamut(preserve_white, seed):
+def test_lightness_is_multiplied_and_color_stays_inside_the_gamut(preserve_white, seed):
     image = rgb_cube(12, torch.float64)
     factor = 0.5 + 1.5 * torch.rand((), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     out = shift_ab(image, torch.zeros(2), preserve_white, factor)
     before, after = rgb_to_lab(image), rgb_to_lab(out)
-    inside = inside_the_gamut(out) & ((before[0] > 10) | (not preserve_white))
+    inside = inside_the_gamut(out)
     assert inside.float().mean() > 0.1
-    torch.testing.assert_close((100 - after[0])[inside], factor * (100 - before[0])[inside], atol=1e-3, rtol=0)
+    lighter = before[:1] * (1 + fade(before, preserve_white) * (factor - 1))
+    torch.testing.assert_close(after[:1, inside], lighter[:, inside], atol=1e-3, rtol=0)
     torch.testing.assert_close(after[1:, inside], before[1:, inside], atol=1e-3, rtol=0)
 
 
@@ -154,9 +154,9 @@ def test_darkness_is_multiplied_and_the_hue_stays_inside_the_gamut(preserve_whit
 def test_zero_shift_is_the_identity(dtype, preserve_white, shape):
     image = rgb_cube(52, dtype)
     zero = torch.zeros(shape, dtype=dtype)
-    for darkness in (None, torch.ones(())):
-        assert torch.equal(shift_ab(image, zero, preserve_white, darkness), image)
-        assert torch.equal(shift_ab(image.clone().requires_grad_(), zero, preserve_white, darkness), image)
+    for lightness in (None, torch.ones(())):
+        assert torch.equal(shift_ab(image, zero, preserve_white, lightness), image)
+        assert torch.equal(shift_ab(image.clone().requires_grad_(), zero, preserve_white, lightness), image)
     levels = (255 * image).to(torch.uint8)
     assert torch.equal(shift_ab(levels, zero, preserve_white, torch.ones(())), levels)
     out = shift_ab(image, torch.full(shape, 1e-14, dtype=dtype), preserve_white)
@@ -184,19 +184,26 @@ def test_shift_and_back_is_the_identity_inside_the_gamut(preserve_white, da, db,
     torch.testing.assert_close(back[:, inside], image[:, inside], atol=1e-9, rtol=0)
 
 
-@given(seed=SEEDS, darkness=st.floats(0.5, 2))
+@given(seed=SEEDS, lightness=st.floats(0.5, 2))
 @settings(max_examples=20, deadline=None)
-def test_a_map_and_its_inverse_are_the_identity_inside_the_gamut(seed, darkness):
+def test_a_map_and_its_inverse_are_the_identity_inside_the_gamut(seed, lightness):
     """Where nothing fades: then z of the shifted color is that of the color times a matrix."""
     image = torch.rand(3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    color_map, factor = any_map(seed), torch.tensor(darkness, dtype=torch.float64)
+    color_map, factor = any_map(seed), torch.tensor(lightness, dtype=torch.float64)
     step = torch.eye(4, dtype=torch.float64)
-    step[1] = torch.tensor([40 * (1 - darkness) / 20, darkness, 0.0, 0.0], dtype=torch.float64)
+    step[1] = torch.tensor([60 * (lightness - 1) / 20, lightness, 0.0, 0.0], dtype=torch.float64)
     step[2:] += color_map / 20
     shifted = shift_ab(image, color_map, False, factor)
     inside = inside_the_gamut(shifted)
     back = shift_ab(shifted, -color_map @ step.inverse(), False, 1 / factor)
     torch.testing.assert_close(back[:, inside], image[:, inside], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize(("factor", "keeps_order"), [(0.66, False), (0.67, True), (1.38, True), (1.39, False)])
+def test_up_to_some_factor_what_is_lighter_stays_lighter(factor, keeps_order):
+    gray = torch.linspace(0, 1, 1 << 16, dtype=torch.float64).expand(3, 1, 1 << 16)
+    changed = shift_ab(gray, torch.zeros(2), True, torch.tensor(factor, dtype=torch.float64))
+    assert (changed.diff(dim=-1) > -1e-9).all() == keeps_order
 
 
 @BOTH
@@ -263,23 +270,22 @@ def test_black_is_preserved(level):
     """As padding, corners of turned images, and masks have it; L* = 4.7 is the lightest."""
     black = torch.full((3, 4, 4), level, dtype=torch.uint8)
     for shift in (torch.tensor([-12.5, 24.2]), torch.tensor([40.0, 40.0]), any_map(0), any_map(1)):
-        for darkness in (None, torch.tensor(0.6), torch.tensor(1.5)):
-            assert torch.equal(shift_ab(black, shift, True, darkness), black)
+        for lightness in (None, torch.tensor(0.6), torch.tensor(1.5)):
+            assert torch.equal(shift_ab(black, shift, True, lightness), black)
         assert not torch.equal(shift_ab(black, shift, preserve_white=False), black)
-    lighter = shift_ab(black / 255, torch.zeros(2), False, torch.tensor(0.8))
+    lighter = shift_ab(black / 255, torch.zeros(2), False, torch.tensor(1.5))
     before, after = (rgb_to_lab(image)[0] for image in (black / 255, lighter))
-    torch.testing.assert_close(100 - after, 0.8 * (100 - before), atol=1e-2, rtol=0)
-    assert shift_ab(torch.zeros(3, 4, 4), torch.zeros(2), False, torch.tensor(1.5)).eq(0).all()
+    torch.testing.assert_close(after, 1.5 * before, atol=1e-2, rtol=0)
 
 
 def test_white_is_preserved_and_without_it_tinted():
     white = torch.ones(3, 1, 1)
     offset = torch.tensor([-12.5, 24.2])
-    for darkness in (None, torch.tensor(0.6), torch.tensor(1.5)):
+    for lightness in (None, torch.tensor(0.6), torch.tensor(1.5)):
         for shift in (offset, any_map(0)):
-            torch.testing.assert_close(shift_ab(white, shift, True, darkness), white, atol=1e-6, rtol=0)
+            torch.testing.assert_close(shift_ab(white, shift, True, lightness), white, atol=1e-6, rtol=0)
             levels = torch.full((3, 2, 2), 255, dtype=torch.uint8)
-            assert torch.equal(shift_ab(levels, shift, True, darkness), levels)
+            assert torch.equal(shift_ab(levels, shift, True, lightness), levels)
     # Subtracting (12.5, -24.2) turns white to (249, 255, 207).
     assert (255 * shift_ab(white, offset, preserve_white=False)).round().flatten().tolist() == [249, 255, 207]
 
@@ -290,9 +296,9 @@ def test_gradients_are_right_and_finite(preserve_white):
     offset = torch.tensor([[3.0, -4.0], [0.0, 0.0]], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda i, o: shift_ab(i, o, preserve_white), (image, offset))
     maps = torch.stack([any_map(0, offset=4), torch.zeros(2, 4, dtype=torch.float64)]).requires_grad_()
-    darkness = torch.tensor([1.2, 1.0], dtype=torch.float64, requires_grad=True)
+    lightness = torch.tensor([1.2, 1.0], dtype=torch.float64, requires_grad=True)
     small = image.detach()[..., :2].requires_grad_()
-    assert torch.autograd.gradcheck(lambda i, o, d: shift_ab(i, o, preserve_white, d), (small, maps, darkness))
+    assert torch.autograd.gradcheck(lambda i, o, d: shift_ab(i, o, preserve_white, d), (small, maps, lightness))
     corners = torch.tensor([0.0, 1.0, 0.04045, 0.0031308])
     image = torch.cartesian_prod(corners, corners, corners).T.reshape(3, 8, 8).requires_grad_()
     for values in ([0.0, 0.0], [50.0, 50.0], [-50.0, -50.0]):
@@ -308,9 +314,9 @@ def test_gradients_are_right_and_finite(preserve_white):
 
 
 def test_uint8_is_the_rounded_float_result(tile):
-    for shift, darkness in ((torch.tensor([8.0, -5.0]), None), (any_map(2).float(), torch.tensor(1.2))):
-        expected = (shift_ab(tile.double() / 255, shift.double(), True, darkness) * 255).round()
-        difference = shift_ab(tile, shift, True, darkness).double() - expected
+    for shift, lightness in ((torch.tensor([8.0, -5.0]), None), (any_map(2).float(), torch.tensor(1.2))):
+        expected = (shift_ab(tile.double() / 255, shift.double(), True, lightness) * 255).round()
+        difference = shift_ab(tile, shift, True, lightness).double() - expected
         assert difference.abs().max() <= 1
         assert (difference != 0).float().mean() < 1e-3
 
@@ -345,10 +351,10 @@ def test_every_uint8_color_is_the_rounded_float64_result(offset, preserve_white)
 def test_a_map_of_uint8_colors_is_the_rounded_float64_result(preserve_white):
     level = torch.arange(0, 256, 5, dtype=torch.uint8)
     colors = torch.stack(torch.meshgrid(level, level, level, indexing="ij")).reshape(3, len(level), -1)
-    for seed, darkness in ((0, None), (1, torch.tensor(0.8)), (2, torch.tensor(1.3))):
+    for seed, lightness in ((0, None), (1, torch.tensor(0.8)), (2, torch.tensor(1.3))):
         color_map = any_map(seed).float()
-        exact = shift_ab(colors.double() / 255, color_map.double(), preserve_white, darkness)
-        difference = (shift_ab(colors, color_map, preserve_white, darkness).int() - (exact * 255).round().int()).abs()
+        exact = shift_ab(colors.double() / 255, color_map.double(), preserve_white, lightness)
+        difference = (shift_ab(colors, color_map, preserve_white, lightness).int() - (exact * 255).round().int()).abs()
         assert difference.max() <= 1
         assert difference.any(dim=0).double().mean() <= 1e-4
 
@@ -366,11 +372,11 @@ def test_looking_up_is_shifting_for_any_layout():
 def test_in_strips_and_at_once_the_result_is_the_same():
     image = torch.rand(3, 50, 60)
     image[:, :5] = 0
-    for shift, darkness in ((torch.tensor([9.0, -20.0]), None), (any_map(0).float(), torch.tensor(0.7))):
-        expected = shift_ab(image, shift, True, darkness)
-        with_gradient = shift_ab(image.clone().requires_grad_(), shift, True, darkness)
+    for shift, lightness in ((torch.tensor([9.0, -20.0]), None), (any_map(0).float(), torch.tensor(0.7))):
+        expected = shift_ab(image, shift, True, lightness)
+        with_gradient = shift_ab(image.clone().requires_grad_(), shift, True, lightness)
         torch.testing.assert_close(with_gradient.detach(), expected, atol=1e-5, rtol=0)
-        torch.testing.assert_close(shift_batch(image, True, shift, darkness), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(shift_batch(image, True, shift, lightness), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="needs torch 2.9")
@@ -385,11 +391,11 @@ def test_without_matrix_products_the_result_is_the_same(monkeypatch, tile):
         torch.set_float32_matmul_precision("medium")
         assert not strips._is_exact()
         monkeypatch.setattr(torch.Tensor, "addmm_", None)
-        for (shift, darkness), (levels, values) in zip(shifts, expected, strict=True):
-            difference = (shift_ab(tile, shift, True, darkness).int() - levels.int()).abs()
+        for (shift, lightness), (levels, values) in zip(shifts, expected, strict=True):
+            difference = (shift_ab(tile, shift, True, lightness).int() - levels.int()).abs()
             assert difference.max() <= 1
             assert difference.float().mean() < 1e-3
-            torch.testing.assert_close(shift_ab(tile / 255, shift, True, darkness), values, atol=1e-5, rtol=0)
+            torch.testing.assert_close(shift_ab(tile / 255, shift, True, lightness), values, atol=1e-5, rtol=0)
     finally:
         torch.set_float32_matmul_precision("highest")
         torch.backends.mkldnn.matmul.fp32_precision = before
@@ -402,8 +408,8 @@ def test_what_runs_on_cuda_is_the_same(monkeypatch):
     images[0, 1, :, 5, 6] = torch.nan
     offsets = torch.tensor([[9.0, -20.0], [0.0, 0.0], [-30.0, 4.0]]).expand(2, 3, 2)
     maps = torch.stack([any_map(0), torch.zeros(2, 4), any_map(1)]).float().expand(2, 3, 2, 4)
-    darkness = torch.tensor([1.2, 1.0, 0.7]).expand(2, 3)
-    for rows in ((offsets,), (maps,), (maps, darkness)):
+    lightness = torch.tensor([1.2, 1.0, 0.7]).expand(2, 3)
+    for rows in ((offsets,), (maps,), (maps, lightness)):
         for place in ((), (0,), (0, 2)):
             batch, here = images[place], [row[place] for row in rows]
             for image in (batch, batch.transpose(-3, -1).contiguous().transpose(-3, -1)):
@@ -435,8 +441,8 @@ def test_a_shift_that_is_no_number_is_refused(dtype):
     for value in (torch.nan, torch.inf):
         with pytest.raises(ValueError, match="expected a finite shift"):
             shift_ab(image, torch.tensor([0.0, value]))
-        with pytest.raises(ValueError, match="finite shift and darkness"):
-            shift_ab(image, torch.ones(2), darkness=torch.tensor(value))
+        with pytest.raises(ValueError, match="finite shift and lightness"):
+            shift_ab(image, torch.ones(2), lightness=torch.tensor(value))
 
 
 @pytest.mark.parametrize("size", [1e4, 1e9, 1e30])
@@ -452,11 +458,11 @@ def test_a_huge_shift_ends_at_the_border_of_the_gamut(size):
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_memory_is_at_most_twice_that_of_the_image(dtype):
     image = torch.zeros(3, 4096, 4096, dtype=dtype).add_(1 if dtype == torch.uint8 else 0.5)
-    shift, darkness = any_map(0).float(), torch.tensor(0.9)
-    shift_ab(image[:, :64], shift, True, darkness)
+    shift, lightness = any_map(0).float(), torch.tensor(0.9)
+    shift_ab(image[:, :64], shift, True, lightness)
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
-    out = shift_ab(image, shift, True, darkness)
+    out = shift_ab(image, shift, True, lightness)
     assert resident("VmHWM") - before < 2 * image.nbytes + 20e6
     assert out.shape == image.shape
 
@@ -484,18 +490,18 @@ def test_a_batch_equals_its_images_to_the_last_bit(size, dtype, gradient, layout
 @pytest.mark.parametrize("size", [(97, 63), (1, 1)])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64])
 @pytest.mark.parametrize("gradient", [False, True])
-def test_a_batch_with_maps_and_darkness_equals_its_images_to_the_last_bit(size, dtype, gradient, preserve_white):
+def test_a_batch_with_maps_and_lightness_equals_its_images_to_the_last_bit(size, dtype, gradient, preserve_white):
     images = torch.rand(2, 3, 3, *size)
     images = ((images * 255) if dtype == torch.uint8 else images).to(dtype)
     maps = any_maps(6).view(2, 3, 2, 4).requires_grad_(gradient)
-    darkness = torch.tensor([[0.7, 1.0, 1.3], [1.0, 0.9, 1.1]])
-    out = shift_ab(images, maps, preserve_white, darkness)
+    lightness = torch.tensor([[0.7, 1.0, 1.3], [1.0, 0.9, 1.1]])
+    out = shift_ab(images, maps, preserve_white, lightness)
     for row in range(2):
         for column in range(3):
             place = row, column
-            assert torch.equal(out[place], shift_ab(images[place], maps[place], preserve_white, darkness[place]))
-    one = shift_ab(images, maps[0, 0], preserve_white, darkness[0, 0])
-    assert torch.equal(one[1, 1], shift_ab(images[1, 1], maps[0, 0], preserve_white, darkness[0, 0]))
+            assert torch.equal(out[place], shift_ab(images[place], maps[place], preserve_white, lightness[place]))
+    one = shift_ab(images, maps[0, 0], preserve_white, lightness[0, 0])
+    assert torch.equal(one[1, 1], shift_ab(images[1, 1], maps[0, 0], preserve_white, lightness[0, 0]))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -513,18 +519,18 @@ def test_nan_stays_where_it_is():
     image[:, 0, 0] = torch.nan
     image[1, 1, 1] = torch.nan
     for shift in (torch.tensor([5.0, 5.0]), any_map(0)):
-        shift, darkness = shift.float().requires_grad_(), torch.tensor(1.2, requires_grad=True)
+        shift, lightness = shift.float().requires_grad_(), torch.tensor(1.2, requires_grad=True)
         tracked = image.clone().requires_grad_()
-        untracked = shift_ab(image, shift.detach()), shift_ab(image, shift.detach(), True, darkness.detach())
-        for out in (*untracked, shift_ab(tracked, shift), shift_ab(tracked, shift, True, darkness)):
+        untracked = shift_ab(image, shift.detach()), shift_ab(image, shift.detach(), True, lightness.detach())
+        for out in (*untracked, shift_ab(tracked, shift), shift_ab(tracked, shift, True, lightness)):
             assert out[:, 0, 0].isnan().all()
             assert out[:, 1, 1].isnan().all()
             assert out.isnan().sum() == 6
         out[~out.isnan()].sum().backward()
-        for tensor in (tracked, shift, darkness):
+        for tensor in (tracked, shift, lightness):
             assert tensor.grad.isfinite().all()
         assert shift.grad.ne(0).all()
-        assert darkness.grad != 0
+        assert lightness.grad != 0
 
 
 @pytest.mark.parametrize(
@@ -560,12 +566,12 @@ def test_bad_input(image, offset, error, message):
 @pytest.mark.parametrize(
     ("image", "shape", "message"),
     [
-        (torch.zeros(3, 4, 4), (1,), r"darkness of shape \(\) or \(\), got \(1,\)"),
-        (torch.zeros(2, 3, 4, 4), (3,), r"darkness of shape \(\) or \(2,\), got \(3,\)"),
+        (torch.zeros(3, 4, 4), (1,), r"lightness of shape \(\) or \(\), got \(1,\)"),
+        (torch.zeros(2, 3, 4, 4), (3,), r"lightness of shape \(\) or \(2,\), got \(3,\)"),
         (torch.zeros(2, 3, 4, 4), (2, 1), r"got \(2, 1\)"),
     ],
 )
-def test_darkness_of_a_wrong_shape(image, shape, message):
+def test_lightness_of_a_wrong_shape(image, shape, message):
     with pytest.raises(ValueError, match=message):
         shift_ab(image, torch.zeros(2), True, torch.ones(shape))
 

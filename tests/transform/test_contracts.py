@@ -77,8 +77,8 @@ class Shift(nn.Module):
         self.shift = shift
 
     def forward(self, image):
-        shift, *darkness = self.shift
-        return shift_ab(image, shift, True, *darkness)
+        shift, *lightness = self.shift
+        return shift_ab(image, shift, True, *lightness)
 
 
 OPERATIONS = {
@@ -87,9 +87,9 @@ OPERATIONS = {
     "uniform": lambda: NormalizeStain(random_network(), preserve_white=False, slopes=False),
     "PerturbStain": lambda: PerturbStain(20),
     "shift_ab": lambda: Shift(torch.tensor([7.0, -9.0])),
-    "shift_ab by a map and darkness": lambda: Shift(COLOR_MAP, torch.tensor(0.8)),
+    "shift_ab by a map and lightness": lambda: Shift(COLOR_MAP, torch.tensor(0.8)),
 }
-SHIFTS = ["shift_ab", "shift_ab by a map and darkness"]
+SHIFTS = ["shift_ab", "shift_ab by a map and lightness"]
 ESTIMATING = ["NormalizeStain", "fixed map", "uniform", *SHIFTS]
 
 
@@ -303,14 +303,14 @@ def test_vmap_over_shifts_of_an_image_of_any_layout(layout):
         torch.testing.assert_close(mapped, expected, atol=1e-5, rtol=0)
 
 
-def test_vmap_over_images_maps_and_darkness():
-    images, maps, darkness = (
+def test_vmap_over_images_maps_and_lightness():
+    images, maps, lightness = (
         uint8() / 255,
         torch.stack([COLOR_MAP, 0 * COLOR_MAP, -COLOR_MAP]),
         torch.tensor([0.8, 1, 2]),
     )
-    expected = shift_ab(images, maps, True, darkness)
-    mapped = torch.func.vmap(lambda image, shift, factor: shift_ab(image, shift, True, factor))(images, maps, darkness)
+    expected = shift_ab(images, maps, True, lightness)
+    mapped = torch.func.vmap(lambda image, shift, factor: shift_ab(image, shift, True, factor))(images, maps, lightness)
     torch.testing.assert_close(mapped, expected, atol=1e-5, rtol=0)
 
 

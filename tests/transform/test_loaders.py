@@ -216,7 +216,7 @@ def test_a_pool_that_is_forked_after_an_estimate(two_threads):
         slide,
         normalize.estimate_offset,
         normalize.estimate_map,
-        PerturbStain(0.0, 0.0, 0.0),
+        PerturbStain(0.0),
         partial(map_of_slide, normalize),
         partial(shift_ab, shift=torch.tensor([5.0, -5.0])),
     ]
