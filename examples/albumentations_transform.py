@@ -70,7 +70,7 @@ class RandomStain(A.ImageOnlyTransform):
 
     def __init__(
         self,
-        max_offset: float = 10.0,
+        max_offset: float = 25.0,
         preserve_white: bool = True,
         p: float = 1.0,
     ) -> None:

@@ -33,7 +33,7 @@ def for_training(
     """Takes images, masks (N, 1, H, W) and boxes (N, B, 4), which flip with the images."""
     return K.AugmentationSequential(
         normalize or NormalizeStain.pretrained(),
-        perturb or PerturbStain(max_offset=10),
+        perturb or PerturbStain(),
         K.RandomHorizontalFlip(p=0.5),
         K.RandomVerticalFlip(p=0.5),
         data_keys=["input", "mask", "bbox_xyxy"],

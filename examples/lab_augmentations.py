@@ -48,11 +48,6 @@ def perturb_stain(images: Tensor, seed: int) -> Augment:
     return PerturbStain()
 
 
-def weak_perturb_stain(images: Tensor, seed: int) -> Augment:
-    """For images that are normalized before."""
-    return PerturbStain(max_offset=10)
-
-
 def hestain(images: Tensor, seed: int) -> Array:
     """Albumentations, with one of its eight stain matrices at random."""
     import albumentations
@@ -138,7 +133,6 @@ def color_jitter(images: Tensor, seed: int) -> Augment:
 
 AUGMENTATIONS = {
     "perturbstain": Augmentation("stainnorm_transform", perturb_stain, of_arrays=False),
-    "perturbstain-weak": Augmentation("stainnorm_transform", weak_perturb_stain, of_arrays=False),
     "hestain": Augmentation("albumentations", hestain),
     "randstainna": Augmentation("cv2", randstainna),
     "hed-jitter": Augmentation("skimage", hed_jitter),

@@ -43,7 +43,7 @@ METHODS = {
     "reinhard": Method("Reinhard", "reinhard"),
     "macenko": Method("Macenko", "macenko"),
     "vahadane": Method("Vahadane", "vahadane"),
-    "both": Method("ColorNormNet, a tile, and PerturbStain", "tile", "perturbstain-weak"),
+    "both": Method("ColorNormNet, a tile, and PerturbStain", "tile", "perturbstain"),
     "perturbstain": Method("PerturbStain", "scanned", "perturbstain"),
     "hestain": Method("HEStain", "scanned", "hestain"),
     "randstainna": Method("RandStainNA", "scanned", "randstainna"),

@@ -108,7 +108,7 @@ def for_training(normalize: NormalizeStain | None = None, perturb: PerturbStain 
     return Compose(
         [
             *for_inference(normalize).transforms,
-            RandPerturbStaind("image", perturb or PerturbStain(max_offset=10)),
+            RandPerturbStaind("image", perturb or PerturbStain()),
             RandFlipd(keys, prob=0.5, spatial_axis=0, allow_missing_keys=True),
             RandFlipd(keys, prob=0.5, spatial_axis=1, allow_missing_keys=True),
         ]

@@ -32,7 +32,7 @@ class MultiCrop:
 
     Args:
         normalize: None for the default weights.
-        perturb: None for PerturbStain(10).
+        perturb: None for PerturbStain().
         local_crops: how many.
         global_size: side of global crops, which show 0.32 to 1 of the tile's area.
         local_size: side of local crops, which show 0.05 to 0.32 of it.
@@ -47,7 +47,7 @@ class MultiCrop:
         local_size: int = 96,
     ) -> None:
         self.normalize = normalize or NormalizeStain.pretrained()
-        perturb = perturb or PerturbStain(max_offset=10)
+        perturb = perturb or PerturbStain()
         self.crops = [crop(perturb, global_size, (0.32, 1.0))] * 2
         self.crops += [crop(perturb, local_size, (0.05, 0.32))] * local_crops
 

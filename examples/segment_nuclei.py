@@ -63,8 +63,8 @@ class Method(NamedTuple):
 METHODS = {
     "nothing": Method("nothing"),
     "normalize": Method(OURS, OURS),
-    "perturb": Method("PerturbStain", None, PerturbStain(20)),
-    "both": Method(f"{OURS} and PerturbStain", OURS, PerturbStain(10)),
+    "perturb": Method("PerturbStain", None, PerturbStain()),
+    "both": Method(f"{OURS} and PerturbStain", OURS, PerturbStain()),
     "mean-match": Method(CONTROL, CONTROL),
     **{name.lower(): Method(name, name) for name in PEER_OF},
     **{f"{name.lower()}-image": Method(f"{name}{TO_IMAGE}", f"{name}{TO_IMAGE}") for name in PEER_OF},

@@ -44,7 +44,7 @@ def for_training(
         [
             # First, on the whole tile.
             normalize or NormalizeStain.pretrained(),
-            perturb or PerturbStain(max_offset=10),
+            perturb or PerturbStain(),
             v2.RandomResizedCrop(size, scale=(0.5, 1)),
             v2.RandomHorizontalFlip(),
             v2.RandomVerticalFlip(),
