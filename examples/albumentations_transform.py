@@ -57,7 +57,7 @@ class RandomStain(A.ImageOnlyTransform):
     Images of one call, such as ``images`` or those of ``additional_targets``, share their change of color.
 
     Args:
-        max_offset: as for PerturbStain, as is preserve_white.
+        max_offset: as for PerturbStain.
         preserve_white: whether white glass and black keep their color.
         p: share of the images.
     """

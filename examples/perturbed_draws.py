@@ -3,8 +3,8 @@
 python examples/perturbed_draws.py --out draws.jpg
 python examples/perturbed_draws.py --tile examples/tiles/lab_c/tile_1.png --max-offset 15 --out draws.jpg
 
-The tile comes first. Over each draw stands its offset for tissue of L* = 60, in Lab units. All strengths take the same
-random numbers, so offsets at the same place differ in size alone.
+The tile comes first. Over each draw stand its offsets in L*, a* and b* for tissue of L* = 60, in Lab units. All
+strengths take the same random numbers, so draws at the same place differ in size alone; L* stops at -20 and +23.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def main() -> None:
         type=float,
         nargs="+",
         default=STRENGTHS,
-        help="strengths of PerturbStain (default: 10 25)",
+        help="one or more max_offset of PerturbStain (default: 10 25)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default: %(default)s)")
     parser.add_argument("--out", type=path_name, required=True, help="image file to write, such as draws.jpg")
@@ -86,8 +86,8 @@ def contact_sheet(tile: Image.Image, perturbations: list[PerturbStain], seed: in
     draw = ImageDraw.Draw(sheet)
     for number, perturb in enumerate(perturbations):
         top = number * block
-        caption = f"PerturbStain(max_offset={perturb.max_offset:g})"
-        draw.text((MARGIN, top + 2), caption, "black", ImageFont.load_default(13))
+        title = f"PerturbStain(max_offset={perturb.max_offset:g}): L*, a*, b*"
+        draw.text((MARGIN, top + 2), title, "black", ImageFont.load_default(13))
         for place, (caption, image) in enumerate([("the tile", small), *draws(small, perturb, seed)]):
             x = MARGIN + place % COLUMNS * width
             y = top + LINE + MARGIN + place // COLUMNS * height
@@ -104,7 +104,7 @@ def draws(tile: Image.Image, perturb: PerturbStain, seed: int) -> list[tuple[str
         params = perturb.make_params([tile])
         ((color_map, factor),) = params["changes"].values()
         lightness, a, b = (round(value) for value in [60 * (float(factor) - 1), *color_map[:, 0].tolist()])
-        made.append((f"L* {lightness:+d} a* {a:+d} b* {b:+d}", perturb.transform(tile, params)))
+        made.append((f"{lightness:+d}, {a:+d}, {b:+d}", perturb.transform(tile, params)))
     return made
 
 

@@ -28,7 +28,7 @@ with warnings.catch_warnings():
 # differs the less, in proportion. Nor does black up to 5 take any, as padding and masks have it.
 FULL_LIGHTNESS, WHITE_LIGHTNESS = (10.0, 60.0), 97.0
 BLACK_LIGHTNESS = 5.0
-# Factors of L* by which, with white and black preserved, what is lighter stays lighter, at L* = 10 and at 97.
+# Between these factors L* keeps its order where white and black are preserved; they come from L* = 10 and 97.
 LIGHTNESS_FACTORS = 2 / 3, 1 + 37 / 97
 
 # A map gives an offset for every color, ``B z`` with B (2, 4) and z = (1, (L* - 60) / 20, (a* - 20) / 20,
@@ -63,7 +63,7 @@ _CUDA_STRIP_PIXELS = 1 << 22
 
 
 def shift_ab(image: Tensor, shift: Tensor, preserve_white: bool = True, lightness: Tensor | None = None) -> Tensor:
-    """Adds an offset to a* and b* of sRGB images, or that of a map; the Lab image is never formed.
+    """Adds an offset to a* and b* of sRGB images, or that of a map, and scales L*; the Lab image is never formed.
 
     L* is a function of relative luminance Y alone, so moving (a*, b*) at constant L* only moves f(X) by
     ``w * da / 500`` and f(Z) by ``-w * db / 200``. With ``preserve_white`` the offset fades out towards white glass
@@ -75,8 +75,8 @@ def shift_ab(image: Tensor, shift: Tensor, preserve_white: bool = True, lightnes
     (b* + 12) / 20)``. So its first column is the offset of a usual color of tissue, and the others are by how much the
     offset grows for 20 units of L*, of a* and of b*. A map whose slopes are 0 is an offset.
 
-    ``lightness`` multiplies L* by ``1 + w (lightness - 1)``, at constant a*, b*. From 0.67 to 1.38
-    (LIGHTNESS_FACTORS), no pixel becomes lighter than one that was lighter.
+    ``lightness`` multiplies L* by ``1 + w (lightness - 1)``, at constant a*, b*. With ``preserve_white``, factors from
+    0.67 to 1.38 (LIGHTNESS_FACTORS) keep the order of L*, inside the gamut.
 
     Differentiable in ``image`` (floating point), ``shift`` and ``lightness``. On the CPU the result for an image does
     not depend, to the last bit, on the batch it is in; whether a gradient is recorded changes it by up to 2e-5.

@@ -39,7 +39,7 @@ class Change(NamedTuple):
     Attributes:
         to_x: to f(X), of pixels that take the whole shift.
         to_z: to f(Z), the same.
-        to_y: to f(Y), and so to all three, the same; None if L* stays.
+        to_y: to f(Y) and as much to f(X) and f(Z), the same; None if L* stays.
         below_white: how far a pixel is from white, in shares of a shift.
         above_black: how far it is from black.
     """

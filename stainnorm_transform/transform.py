@@ -41,10 +41,10 @@ from stainnorm_transform.resources import safe_after_fork
 # The last tables of all colors, 64 MiB each: the transforms of a process share them.
 _TABLES = 2
 _tables: dict[tuple[float, ...], Tensor] = {}
+# What PerturbStain draws at most, in Lab units: a* and b* of sRGB go no farther.
+_LARGEST_OFFSET = 128
 # Threads make a table once; several at a time would compete for memory.
 _making_a_table = threading.Lock()
-# The map of an offset that is L* / 60 of itself.
-_IN_PROPORTION = torch.tensor([1.0, MAP_UNIT / MAP_CENTER[0], 0.0, 0.0], dtype=torch.float32, device="cpu")
 
 # What of a NormalizeStain is no tensor, and what kind.
 _EXTRA: dict[str, type] = {"preserve_white": bool, "slopes": bool, "target": str, "recipe": str}
@@ -376,19 +376,20 @@ class NormalizeStain(_ImageTransform):
 class PerturbStain(_ImageTransform):
     """Changes the colors of images at random, as stains and scanners do: augmentation, so that a model fits new labs.
 
-    L*, a* and b* of tissue of L* = 60 move independently, each by up to ``max_offset``, and those of other tissue in
-    proportion to its L*: so dark nuclei keep their hue better than stroma. White and black keep their color, see
-    ``shift_ab``. Takes and returns what NormalizeStain does. Each image of a batch has its own change; the frames of a
-    ``Video`` and images of equal leading shape within one sample share theirs. Draws from torch's global generator.
+    L*, a* and b* of tissue of L* = 60 move independently, each by up to ``max_offset``. Darker tissue moves less, in
+    proportion to its L*, so nuclei keep their hue better than stroma. Lighter tissue moves less as well: the offset
+    fades out towards white, see ``shift_ab``. Takes and returns what NormalizeStain does. Each image of a batch has its
+    own change; the frames of a ``Video`` and images of equal leading shape within one sample share theirs. Draws from
+    torch's global generator.
 
     Args:
-        max_offset: offsets are uniform in [-max_offset, max_offset], in Lab units. Factors of L* stay within 0.67 and
-            1.38, which matters above 20, so that what is lighter stays lighter.
+        max_offset: offsets are uniform in [-max_offset, max_offset], in Lab units, from 0 to 128; that of L* stops at
+            -20 and 22.9, so that what is lighter stays lighter.
         preserve_white: whether white glass and black keep their color, see ``shift_ab``.
 
     Raises:
-        TypeError: ``max_offset`` is no number.
-        ValueError: ``max_offset`` is negative or not finite.
+        TypeError: ``max_offset`` is no number, or ``preserve_white`` no bool.
+        ValueError: ``max_offset`` is not from 0 to 128.
 
     Example:
         >>> PerturbStain()(torch.rand(4, 3, 32, 32)).shape
@@ -399,9 +400,11 @@ class PerturbStain(_ImageTransform):
         super().__init__()
         if isinstance(max_offset, bool) or not isinstance(max_offset, numbers.Real):
             raise TypeError(f"expected a number for max_offset, got {type(max_offset).__name__}")
-        if not 0 <= max_offset < math.inf:
-            raise ValueError(f"expected a finite max_offset >= 0, got {max_offset}")
-        self.max_offset: float = max_offset
+        if not 0 <= max_offset <= _LARGEST_OFFSET:
+            raise ValueError(f"expected a max_offset from 0 to {_LARGEST_OFFSET} Lab units, got {max_offset}")
+        if not isinstance(preserve_white, bool):
+            raise TypeError(f"expected True or False for preserve_white, got {preserve_white!r}")
+        self.max_offset: float = float(max_offset)
         self.preserve_white: bool = preserve_white
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
@@ -411,7 +414,9 @@ class PerturbStain(_ImageTransform):
     def _change(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """A map (*shape, 2, 4) and factors of L* (*shape)."""
         offset = (2 * torch.rand(*shape, 3, dtype=torch.float32) - 1) * self.max_offset
-        color_map = offset[..., 1:, None] * _IN_PROPORTION
+        color = offset[..., 1:]
+        same = torch.zeros_like(color)
+        color_map = torch.stack([color, color * (MAP_UNIT / MAP_CENTER[0]), same, same], dim=-1)
         return color_map, (1 + offset[..., 0] / MAP_CENTER[0]).clamp(*LIGHTNESS_FACTORS)
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:

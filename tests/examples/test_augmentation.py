@@ -123,7 +123,8 @@ def test_random_stain_is_written_down_and_refuses_bad_arguments():
     first, *others = ([each(image=image)["image"].tobytes() for _ in range(6)] for each in (transform, *copies))
     assert others == [first, first]
     assert len(set(first)) > 2
-    with pytest.raises(ValueError, match=r"finite max_offset >= 0, got -0\.1"):
+    assert RandomStain().max_offset == PerturbStain().max_offset == 25
+    with pytest.raises(ValueError, match=r"max_offset from 0 to 128 Lab units, got -0\.1"):
         RandomStain(max_offset=-0.1)
 
 

@@ -59,14 +59,14 @@ def test_captions_say_what_happened_to_a_usual_color(strength):
     tile = to_pil_image(lab_to_rgb(usual))
     for caption, image in perturbed_draws.draws(tile, PerturbStain(strength), seed=0):
         lightness, a, b = rgb_to_lab(pil_to_tensor(image) / 255).mean(dim=(1, 2)).tolist()
-        said = [float(word) for word in caption.split()[1::2]]
+        said = [float(word) for word in caption.split(",")]
         assert said == pytest.approx([lightness - 60, a - 20, b + 12], abs=1.2)
 
 
 def test_strengths_go_the_same_way():
     tile = perturbed_draws.synthetic_tile()
     weak, strong = (
-        [[int(part) for part in caption.split()[1::2]] for caption, _ in perturbed_draws.draws(tile, perturb, seed=0)]
+        [[int(part) for part in caption.split(",")] for caption, _ in perturbed_draws.draws(tile, perturb, seed=0)]
         for perturb in (PerturbStain(5), PerturbStain(20))
     )
     assert 4 * np.array(weak) == pytest.approx(np.array(strong), abs=2.5)
@@ -85,8 +85,10 @@ def test_an_image_of_any_size_and_several_strengths(call, tmp_path):
 def test_what_cannot_be_drawn_is_named(refuse, gray, tmp_path):
     assert "expected --out to end in .png, .jpg" in refuse("--out", tmp_path / "draws.pdf")
     assert "none: make it first" in refuse("--out", tmp_path / "nowhere/draws.jpg")
-    assert "expected a finite max_offset >= 0, got -1.0" in refuse("--max-offset", -1, "--out", "draws.jpg")
-    assert "expected a finite max_offset >= 0, got nan" in refuse("--max-offset", 1, "nan", "--out", "draws.jpg")
+    assert "expected a max_offset from 0 to 128 Lab units, got -1.0" in refuse("--max-offset", -1, "--out", "draws.jpg")
+    assert "expected a max_offset from 0 to 128 Lab units, got nan" in refuse(
+        "--max-offset", 1, "nan", "--out", "draws.jpg"
+    )
     assert "expected at least one argument" in refuse("--max-offset", "--out", "draws.jpg")
     assert f"{gray}: a grey image (mode L)" in refuse("--tile", gray, "--out", "draws.jpg")
     assert [entry.name for entry in tmp_path.iterdir()] == ["gray.png"]

@@ -443,6 +443,16 @@ def test_a_shift_that_is_no_number_is_refused(dtype):
             shift_ab(image, torch.tensor([0.0, value]))
         with pytest.raises(ValueError, match="finite shift and lightness"):
             shift_ab(image, torch.ones(2), lightness=torch.tensor(value))
+    with pytest.raises(ValueError, match=r"lightness of 0 or more, got -0\.1"):
+        shift_ab(image, torch.ones(2), lightness=torch.tensor(-0.1))
+
+
+@pytest.mark.parametrize(("lightness", "level"), [(0.0, 0.0), (1e9, 1.0)])
+def test_the_least_and_the_largest_lightness_are_black_and_white(lightness, level):
+    image = torch.full((3, 2, 2), 0.5)
+    for kind in (image, (255 * image).to(torch.uint8)):
+        changed = shift_ab(kind, torch.zeros(2), True, torch.tensor(lightness))
+        torch.testing.assert_close(changed / (1 if kind.is_floating_point() else 255), torch.full((3, 2, 2), level))
 
 
 @pytest.mark.parametrize("size", [1e4, 1e9, 1e30])
