@@ -68,12 +68,7 @@ class RandomStain(A.ImageOnlyTransform):
         max_offset: float
         preserve_white: bool
 
-    def __init__(
-        self,
-        max_offset: float = 25.0,
-        preserve_white: bool = True,
-        p: float = 1.0,
-    ) -> None:
+    def __init__(self, max_offset: float = 25.0, preserve_white: bool = True, p: float = 1.0) -> None:
         super().__init__(p=p)
         self.max_offset, self.preserve_white = max_offset, preserve_white
         self.perturb = PerturbStain(max_offset, preserve_white)

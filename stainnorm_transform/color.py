@@ -169,14 +169,15 @@ def _on_cpu(image: Tensor, preserve_white: bool, *rows: Tensor) -> Tensor:
 
 def _change(preserve_white: bool, color_map: list[list[float]], lightness: float | None) -> strips.Change:
     """A map (2, 4), and a lightness, in the terms of ``strips``."""
+    # L* moves all three alike.
+    factor = 1.0 if lightness is None else lightness
+    step = strips.Linear(f_y=factor - 1, constant=(1 - factor) * cie.F_BLACK)
     parts = []
     for row, divisor in zip(color_map, (500, -200), strict=True):
         one, x, y, z = (sum(map(operator.mul, row, column)) / divisor for column in zip(*_Z_OF_F, strict=True))
-        parts.append(strips.Linear(f_x=x, f_y=y, f_z=z, constant=one))
+        parts.append(strips.Linear(f_x=x, f_y=y + step.f_y, f_z=z, constant=one + step.constant))
     to_x, to_z = parts
-    to_y = None
-    if lightness is not None:
-        to_y = strips.Linear(f_y=lightness - 1, constant=(1 - lightness) * cie.F_BLACK)
+    to_y = None if lightness is None else step
     whole = strips.Linear(constant=1.0)
     if not preserve_white:
         return strips.Change(to_x, to_z, to_y, whole, whole)
@@ -313,9 +314,11 @@ def fade(lightness: Tensor) -> Tensor:
     return torch.minimum(above_black, below_white).clamp(0, 1)
 
 
-def random_offset(shape: Sequence[int], max_offset: float, generator: torch.Generator | None = None) -> Tensor:
-    """(da, db) uniform in [-max_offset, max_offset], independently: shape (*shape, 2)."""
-    return (2 * torch.rand(*shape, 2, generator=generator, dtype=torch.float32) - 1) * max_offset
+def random_offset(
+    shape: Sequence[int], max_offset: float, generator: torch.Generator | None = None, channels: int = 2
+) -> Tensor:
+    """(da, db), or so many channels, uniform in [-max_offset, max_offset], independently: shape (*shape, channels)."""
+    return (2 * torch.rand(*shape, channels, generator=generator, dtype=torch.float32) - 1) * max_offset
 
 
 def random_slopes(shape: Sequence[int], slope: float, generator: torch.Generator | None = None) -> Tensor:

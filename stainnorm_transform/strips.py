@@ -39,7 +39,7 @@ class Change(NamedTuple):
     Attributes:
         to_x: to f(X), of pixels that take the whole shift.
         to_z: to f(Z), the same.
-        to_y: to f(Y) and as much to f(X) and f(Z), the same; None if L* stays.
+        to_y: to f(Y), the same; None if L* stays.
         below_white: how far a pixel is from white, in shares of a shift.
         above_black: how far it is from black.
     """
@@ -150,8 +150,6 @@ class _Strip:
         share = torch.minimum(below_white, above_black.clamp_(0, 1), out=below_white).clamp_(min=0)
         moving = 3 if lighter else 2
         f, moved = self.f[:moving], self.terms[:moving].mul_(share)
-        if lighter:
-            moved[:2].add_(moved[2])
         moved.add_(f)
         # As in kornia and scikit-image, f(Z) stops at 0.
         moved[1].clamp_(min=0)

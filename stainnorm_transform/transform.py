@@ -30,6 +30,7 @@ from stainnorm_transform.color import (
     check_image,
     image_of,
     look_up,
+    random_offset,
     shift_ab,
     shift_table,
 )
@@ -41,10 +42,11 @@ from stainnorm_transform.resources import safe_after_fork
 # The last tables of all colors, 64 MiB each: the transforms of a process share them.
 _TABLES = 2
 _tables: dict[tuple[float, ...], Tensor] = {}
-# What PerturbStain draws at most, in Lab units: a* and b* of sRGB go no farther.
-_LARGEST_OFFSET = 128
 # Threads make a table once; several at a time would compete for memory.
 _making_a_table = threading.Lock()
+
+# What PerturbStain draws at most, in Lab units: a* and b* of sRGB go no farther.
+_LARGEST_OFFSET = 128
 
 # What of a NormalizeStain is no tensor, and what kind.
 _EXTRA: dict[str, type] = {"preserve_white": bool, "slopes": bool, "target": str, "recipe": str}
@@ -413,10 +415,10 @@ class PerturbStain(_ImageTransform):
 
     def _change(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """A map (*shape, 2, 4) and factors of L* (*shape)."""
-        offset = (2 * torch.rand(*shape, 3, dtype=torch.float32) - 1) * self.max_offset
+        offset = random_offset(shape, self.max_offset, channels=3)
         color = offset[..., 1:]
-        same = torch.zeros_like(color)
-        color_map = torch.stack([color, color * (MAP_UNIT / MAP_CENTER[0]), same, same], dim=-1)
+        none = torch.zeros_like(color)
+        color_map = torch.stack([color, color * (MAP_UNIT / MAP_CENTER[0]), none, none], dim=-1)
         return color_map, (1 + offset[..., 0] / MAP_CENTER[0]).clamp(*LIGHTNESS_FACTORS)
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
