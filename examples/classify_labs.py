@@ -13,7 +13,6 @@ with --resume.
 import argparse
 import dataclasses
 import itertools
-import json
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -24,16 +23,16 @@ from random import Random
 
 import numpy as np
 import torch
+from figures_file import check_outputs, earlier_runs, write_figures
 from lab_augmentations import AUGMENTATIONS, Augment
 from lab_colors import METHODS, Method, change_of, quiet, with_library
-from lab_figures import Run, check_outputs, earlier_figures, measure, plot, print_table
+from lab_figures import Run, measure, plot, print_table
 from lab_images import Data, Labeled, digest, find_images, split_lab
 from lab_models import Encoder, Recipe, build, check_side, embed, fit_probe, load_encoder, logits, probability, train
 from tqdm import tqdm
 
 from stainnorm_transform import __version__, weights
 from stainnorm_transform.cli.options import add_device, path_name
-from stainnorm_transform.files import replacing
 from stainnorm_transform.resources import choose_device, cores
 
 SIDE = 96
@@ -112,7 +111,7 @@ def evaluate(options: argparse.Namespace) -> list[Run]:
         "version": __version__, "images": digest(images), "labels": options.labels, "side": side, "weights": targets,
         "model": model,
     }  # fmt: skip
-    runs = earlier_runs(options, settings)
+    runs = earlier_runs(options.json, options.resume, settings)
     done = {(run["title"], run["lab"], run["seed"]) for run in runs}
     todo = [run for run in plan(list(titles), labs, options.seeds) if (titles[run[0]], *run[1:]) not in done]
     torch.backends.cudnn.deterministic = True
@@ -131,7 +130,7 @@ def evaluate(options: argparse.Namespace) -> list[Run]:
             tests = score(METHODS[method], images, parts, lab, seed, data, encoder, features, recipe)
             runs.append({"title": titles[method], "lab": lab, "seed": seed, "tests": tests})
             if options.json:
-                write(options.json, settings, runs)
+                write_figures(options.json, settings, "runs", runs)
     return runs
 
 
@@ -231,22 +230,6 @@ def augmentation_of(method: Method, data: Data, rows: Sequence[int], seed: int) 
     chosen = torch.tensor(Random(seed).sample(sorted(rows), min(STATISTICS, len(rows))))
     (images,) = data.batches([chosen])
     return AUGMENTATIONS[method.augmentation].on_batches(images.cpu(), seed)
-
-
-def earlier_runs(options: argparse.Namespace, settings: Run) -> list[Run]:
-    path = options.json
-    if options.resume and path is None:
-        raise ValueError("expected --json with --resume: the file of the runs that are done")
-    if path is None or not path.exists():
-        return []
-    if not options.resume:
-        raise ValueError(f"expected a file that is not there yet, got {path}: add --resume to go on, or take it away")
-    return earlier_figures(path, settings, "runs")
-
-
-def write(path: Path, settings: Run, runs: Sequence[Run]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps({"settings": settings, "runs": runs}) + "\n")
 
 
 if __name__ == "__main__":

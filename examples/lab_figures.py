@@ -1,7 +1,5 @@
 """The figures of classify_labs.py: of one model in one lab, and the table and plot of all."""
 
-import importlib.util
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,31 +18,6 @@ labs. ± standard deviation over seeds, of the split, the model and the referenc
 of the other labs. Above nothing: difference of the AUC across, resampled alike. ECE: expected calibration error,
 {bins} bins, inside and across. n: images.
 """
-
-
-def check_outputs(figures: Path | None, picture: Path | None) -> None:
-    """Raises ValueError where what is measured could not be written."""
-    for path in (figures, picture):
-        if path and not path.absolute().parent.is_dir():
-            raise ValueError(f"expected a folder that is there for {path}, got none: make it first")
-    if picture and not importlib.util.find_spec("matplotlib"):
-        raise ValueError('expected matplotlib for --plot, got none: run pip install -e ".[evidence]"')
-
-
-def earlier_figures(path: Path, settings: Run, key: str) -> Any:
-    """What a file has of an earlier call, under a key.
-
-    Raises:
-        ValueError: it is no such file, or has other settings.
-    """
-    try:
-        content = json.loads(path.read_text())
-        before, found = content["settings"], content[key]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"expected figures that this script wrote, got {path}: give another --json") from error
-    if other := [name for name in settings if before.get(name) != settings[name]]:
-        raise ValueError(f"expected {path} to have the same {' and '.join(other)}, got others: give another --json")
-    return found
 
 
 def measure(labels: np.ndarray, scores: np.ndarray, units: Sequence[str]) -> Run:

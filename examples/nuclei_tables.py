@@ -49,6 +49,10 @@ def over_seeds(values: dict[tuple[int, str], float]) -> tuple[float, float]:
     return float(np.mean(list(values.values()))), float(np.std(means, ddof=1)) if len(means) > 1 else float("nan")
 
 
+def plus_minus(mean: float, deviation: float) -> str:
+    return f"{mean:.3f}" if np.isnan(deviation) else f"{mean:.3f} ± {deviation:.3f}"
+
+
 def print_scores(runs: list[Run], labels: dict[str, str]) -> None:
     rows = []
     for method, label in labels.items():
@@ -58,7 +62,7 @@ def print_scores(runs: list[Run], labels: dict[str, str]) -> None:
             if not values:
                 break
             mean, deviation = over_seeds(values)
-            cell = f"{mean:.3f} ± {deviation:.3f}"
+            cell = plus_minus(mean, deviation)
             gains = [values[key] - base[key] for key in values.keys() & base.keys()]
             if method != "nothing" and len(gains) > 1:
                 error = np.std(gains, ddof=1) / len(gains) ** 0.5
@@ -112,7 +116,7 @@ def print_kept(runs: list[Run]) -> None:
         cells = [name, str(len(by_change[None])), f"{np.mean([row['dE'] for row in by_change[None]]):.1f}"]
         for change in changes:
             kept, before, after = ([row[key] for row in by_change[change]] for key in ("kept", "before", "after"))
-            cell = f"{np.mean(kept):.3f} ± {np.std(kept, ddof=1) if len(kept) > 1 else np.nan:.3f}"
+            cell = plus_minus(np.mean(kept), np.std(kept, ddof=1) if len(kept) > 1 else np.nan)
             cell += f" ({sum(after) / sum(before):.3f}), {min(kept):.2f}, {sum(share < 0.95 for share in kept)} below"
             if change is not None:
                 cell += f", {sum(row['share'] > 1 for row in by_change[change])} stretched"
@@ -124,8 +128,10 @@ def print_kept(runs: list[Run]) -> None:
 
 def print_worst(runs: list[Run]) -> None:
     """The images of which most nuclei are lost, by normalizer."""
-    print(f"\nThe {WORST} images that keep least, of each method as it is:")
-    for name, by_change in groups(kept_rows(runs)).items():
+    by_normalizer = groups(kept_rows(runs))
+    if by_normalizer:
+        print(f"\nThe {WORST} images that keep least, of each method as it is:")
+    for name, by_change in by_normalizer.items():
         worst = sorted(by_change[None], key=lambda row: row["kept"])[:WORST]
         cells = (f"{row['image']} ({row['organ']}, dE {row['dE']:.0f}): {row['kept']:.2f}" for row in worst)
         print(f"- {name}: {', '.join(cells)}")

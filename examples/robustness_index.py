@@ -10,7 +10,6 @@ An interrupted call goes on when it is given again with the same --json.
 """
 
 import argparse
-import json
 import sys
 import textwrap
 from collections import Counter
@@ -22,10 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 from classify_labs import pool_of
+from figures_file import check_outputs, earlier_figures, write_figures
 from kornia.color import lab_to_rgb, rgb_to_lab
 from lab_colors import METHODS, REFERENCED, change_of, with_library
 from lab_features import measure
-from lab_figures import RESAMPLES, check_outputs, earlier_figures, interval, spread
+from lab_figures import RESAMPLES, interval, spread
 from lab_images import Change, Data, Labeled, digest, draw, of_folders, of_wilds
 from lab_models import LITE, embed, load_encoder
 from sklearn.manifold import TSNE
@@ -141,7 +141,7 @@ def evaluate(options: argparse.Namespace) -> None:
         "labs": {lab: {"images": labs[lab], "units": len({x.unit for x in found if x.lab == lab})} for lab in labs},
         "units": "slides" if all(image.slide for image in images) else "images",
     }  # fmt: skip
-    rows = earlier(options.json, settings)
+    rows = earlier_figures(options.json, settings, "methods") if options.json and options.json.exists() else {}
     with pool_of(len(images)) as pool:
         for title, way, target in tqdm([each for each in todo if each[0] not in rows], unit="method", disable=None):
             of_target = [row for row, image in enumerate(images) if image.lab == target]
@@ -150,7 +150,7 @@ def evaluate(options: argparse.Namespace) -> None:
             features = dict(zip(images, embed(encoder, data), strict=True))
             rows[title] = figures_of(features, draws, options.neighbors, asked)
             if options.json:
-                write(options.json, {"settings": settings, "methods": rows})
+                write_figures(options.json, settings, "methods", rows)
     rows = {title: rows[title] for title, *_ in todo}
     print_table(rows, settings)
     if options.plot:
@@ -179,13 +179,6 @@ def figures_of(
     perplexity = min(30, len(draws[0]) // 4)
     projection = TSNE(perplexity=perplexity, metric="cosine", init="pca", random_state=0)
     return row | {"points": projection.fit_transform(of_draws[0]).round(2).tolist()}
-
-
-def earlier(path: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """The methods that a file has, so that an interrupted call goes on."""
-    if path is None or not path.exists():
-        return {}
-    return earlier_figures(path, settings, "methods")
 
 
 def then(change: Change, after: Callable[[Tensor], Tensor]) -> Change:
@@ -264,11 +257,6 @@ def plan(
 
 def plain(values: Sequence[float] | np.ndarray) -> list[float | None]:
     return [None if np.isnan(value) else round(float(value), 4) for value in values]
-
-
-def write(path: Path, content: dict[str, Any]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content) + "\n")
 
 
 def print_table(rows: dict[str, Any], settings: dict[str, Any]) -> None:

@@ -16,17 +16,16 @@ Methods normalize to the default target, center 1 of CAMELYON17. The peers take 
 
 import argparse
 import importlib.util
-import json
 import logging
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from camelyon17 import CENTERS, add_data_option, read_center
+from figures_file import check_outputs, earlier_runs, write_figures
 from kornia.color import lab_to_rgb
 from monuseg import FOLDERS, Sample, aggregated_jaccard, dice, overlaps, panoptic_quality, read_monuseg, split
 from nuclei_networks import MODELS, Model, fit
@@ -35,9 +34,8 @@ from peers import PEERS, Normalize, lab_of, mean_match, tissue
 from torch import Tensor
 from tqdm import tqdm
 
-from stainnorm_transform import NormalizeStain, PerturbStain
+from stainnorm_transform import NormalizeStain, PerturbStain, __version__
 from stainnorm_transform.cli.options import add_device, path_name
-from stainnorm_transform.files import replacing
 from stainnorm_transform.resources import choose_device, cores, in_order
 
 CENTER, SIDE = 1, 512  # of CAMELYON17, the default target; of its tiles, and of its field the middle
@@ -89,15 +87,17 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.backends.cudnn.benchmark = True
-    settings = {"model": options.model, "steps": options.steps, "batch": options.batch}
+    recipe = {"model": options.model, "steps": options.steps, "batch": options.batch}
     try:
+        check_outputs(options.json, options.plot)
         device = choose_device(options.device)
         samples = read_monuseg(options.data / "monuseg", MODELS[options.model].crop)
-        done = finished(options.json, options.resume, settings)
+        settings = {"version": __version__, "images": [sample.name for sample in samples], **recipe}
+        done = earlier_runs(options.json, options.resume, settings)
     except ValueError as error:
         parser.error(str(error))
     tiles = [middle(image).to(device) for image in read_center(options.data, CENTER).values()]
-    bench = Bench(samples, tiles, device, **settings)
+    bench = Bench(samples, tiles, device, **recipe)
     if missing := [METHODS[method].label for method in options.methods if not bench.has(method)]:
         print(f"left out, as the library is not installed: {', '.join(missing)}", file=sys.stderr)
     asked = dict.fromkeys((method, seed) for seed in options.seeds for method in options.methods if bench.has(method))
@@ -107,35 +107,12 @@ def main() -> None:
         found = np.mean([row["dice"] for row in done[-1]["scores"]])
         tqdm.write(f"{METHODS[method].label}, seed {seed}: Dice {found:.3f}", file=sys.stderr)
         if options.json:
-            with replacing(options.json) as path:
-                path.write_text(json.dumps({"settings": settings, "runs": done}, indent=1) + "\n")
+            write_figures(options.json, settings, "runs", done)
     runs = [run for run in done if (run["method"], run["seed"]) in asked]
     labels = {key: METHODS[key].label for key in options.methods}
     print_tables(runs, labels)
     if options.plot:
         plot(runs, labels, options.plot)
-
-
-def finished(path: Path | None, resume: bool, settings: dict[str, Any]) -> list[Run]:
-    """The runs in a file.
-
-    Raises:
-        ValueError: the file is there and not to be resumed, or is to be and not named, or has other settings.
-    """
-    if resume and path is None:
-        raise ValueError("expected --json FILE with --resume, got none")
-    if path is None or not path.exists():
-        return []
-    if not resume:
-        raise ValueError(f"expected a new file as --json, got {path}, which is there: add --resume or name another")
-    try:
-        content = json.loads(path.read_text())
-        runs, before = content["runs"], content["settings"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"expected a file that --json wrote, got {path}: name another") from error
-    if before != settings:
-        raise ValueError(f"expected runs with {settings} in {path}, got {before}: name another file")
-    return runs
 
 
 def middle(image: Tensor) -> Tensor:

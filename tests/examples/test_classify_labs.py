@@ -499,16 +499,16 @@ def test_runs_are_resumed(folder, tmp_path, call, refuse, monkeypatch):
 
     # Killed in the middle of the second seed.
     def write(*args):
-        if len(args[2]) == 6:
+        if len(args[3]) == 6:
             raise KeyboardInterrupt
         original(*args)
 
-    original = classify_labs.write
-    monkeypatch.setattr("classify_labs.write", write)
+    original = classify_labs.write_figures
+    monkeypatch.setattr("classify_labs.write_figures", write)
     with pytest.raises(KeyboardInterrupt):
         call(*arguments, "--seeds", 2, "--resume")
     assert len(json.loads(out.read_text())["runs"]) == 5
-    monkeypatch.setattr("classify_labs.write", original)
+    monkeypatch.setattr("classify_labs.write_figures", original)
     call(*arguments, "--seeds", 2, "--resume")
     assert calls == [("lab_a", 1), ("lab_a", 1), ("lab_a", 1), ("lab_b", 1), ("lab_b", 1)]
     resumed = json.loads(out.read_text())["runs"]

@@ -21,7 +21,7 @@ from nuclei_networks import HoVer, SmallUNet  # noqa: E402
 from peers import lab_of, tissue  # noqa: E402
 from segment_nuclei import Bench, color_change, scaled  # noqa: E402
 
-from stainnorm_transform import NormalizeStain  # noqa: E402
+from stainnorm_transform import NormalizeStain, __version__  # noqa: E402
 from stainnorm_transform.color import shift_ab  # noqa: E402
 
 
@@ -224,7 +224,7 @@ def rows_of(printed):
 
 def test_runs_are_scored_and_written(segment, data):
     printed, written = segment("--methods", "nothing", "both", "--seeds", 0, 1)
-    assert written["settings"] == {"model": "unet", "steps": 2, "batch": 2}
+    assert {"model": "unet", "steps": 2, "batch": 2}.items() <= written["settings"].items()
     runs = written["runs"]
     assert [(run["method"], run["seed"]) for run in runs] == [
         ("nothing", 0), ("both", 0), ("nothing", 1), ("both", 1),
@@ -290,6 +290,14 @@ def test_a_run_that_is_done_is_kept(segment, monkeypatch, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["nuclei.json"]
 
 
+def test_figures_of_other_images_are_not_resumed(segment, tmp_path_factory, capsys):
+    segment("--methods", "mean-match", "--seeds", 0)
+    other = make_monuseg(tmp_path_factory.mktemp("other"), count=7)
+    with pytest.raises(SystemExit, match="2"):
+        segment("--methods", "mean-match", "--seeds", 1, "--resume", data=other)
+    assert "to have the same images, got others" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_method_that_is_named_twice_runs_once(segment):
     _, written = segment("--methods", "mean-match", "mean-match", "--seeds", 1, 1)
     assert [(run["method"], run["seed"]) for run in written["runs"]] == [("mean-match", 1)]
@@ -351,7 +359,7 @@ def test_tables_by_hand(capsys):
     printed = capsys.readouterr().out
     table = rows_of(printed)
     assert table["nothing"] == ["4", *["0.700 ± 0.141"] * 3]
-    assert table["PerturbStain"][:2] == ["2", "0.600 ± nan (+0.000 ± 0.100, 1 better)"]
+    assert table["PerturbStain"][:2] == ["2", "0.600 (+0.000 ± 0.100, 1 better)"]
     assert table["skin"] == ["2", "0.800", ""]
     assert table["skin, not in training"] == ["2", "0.600", "0.600"]
     assert table["X"] == [
@@ -439,18 +447,21 @@ def test_images_smaller_than_a_crop_are_named(data):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--methods", "perturb", "--seeds", 0], "expected a new file as --json, got .*nuclei.json, which is there"),
         (
-            ["--resume", "--steps", 3],
-            r"expected runs with {'model': 'unet', 'steps': 3, 'batch': 2} in .*nuclei.json, got {.*2, 'batch': 2}",
+            ["--methods", "perturb", "--seeds", 0],
+            "expected a file that is not there yet, got .*nuclei.json: add --resume",
         ),
+        (["--resume", "--steps", 3], "expected .*nuclei.json to have the same steps, got others: give another --json"),
+        (["--json", "nowhere/a.json"], "expected a folder that is there for nowhere/a.json, got none: make it first"),
         (["--resume", "--seeds", -1], "expected --steps and --batch of 1 or more, and --seeds of 0 or more"),
         (["--resume", "--steps", 0], "expected --steps and --batch of 1 or more, and --seeds of 0 or more"),
         (["--resume", "--device", "nowhere"], "expected a device that is here"),
     ],
 )
-def test_bad_arguments(segment, tmp_path, capsys, arguments, message):
-    written = json.dumps({"settings": {"model": "unet", "steps": 2, "batch": 2}, "runs": []})
+def test_bad_arguments(segment, data, tmp_path, capsys, arguments, message):
+    names = [sample.name for sample in monuseg.read_monuseg(data / "monuseg", 64)]
+    settings = {"version": __version__, "images": names, "model": "unet", "steps": 2, "batch": 2}
+    written = json.dumps({"settings": settings, "runs": []})
     (tmp_path / "nuclei.json").write_text(written)
     with pytest.raises(SystemExit, match="2"):
         segment(*arguments)
@@ -463,5 +474,5 @@ def test_a_file_of_something_else_is_not_resumed(segment, tmp_path, capsys, cont
     (tmp_path / "nuclei.json").write_text(content)
     with pytest.raises(SystemExit, match="2"):
         segment("--resume")
-    assert "nuclei.json: name another" in " ".join(capsys.readouterr().err.split())
+    assert "nuclei.json: give another --json" in " ".join(capsys.readouterr().err.split())
     assert (tmp_path / "nuclei.json").read_text() == content
