@@ -391,20 +391,18 @@ def shift_batch(image: Tensor, preserve_white: bool, shift: Tensor, lightness: T
     x, y, z = (_weighted(row, linear.unbind(-3)) for row in cie.M)
     f_x, f_y, f_z = cie.f(x), cie.f(y), cie.f(z)
 
-    moved_x, moved_z = (_of_color(terms, (f_x, f_y, f_z)) for terms in _terms(shift, dtype, image.device))
+    steps = [_of_color(terms, (f_x, f_y, f_z)) for terms in _terms(shift, dtype, image.device)]
+    if lightness is not None:
+        # L* moves all three alike.
+        of_y = (f_y - cie.F_BLACK) * (lightness.to(image.device, dtype)[..., None, None] - 1)
+        steps = [*(step + of_y for step in steps), of_y]
     if preserve_white:
         share = fade(116 * f_y - 16)
-        moved_x, moved_z = share * moved_x, share * moved_z
-    d_y: Tensor | None = None
-    if lightness is not None:
-        step = (f_y - cie.F_BLACK) * (lightness.to(image.device, dtype)[..., None, None] - 1)
-        if preserve_white:
-            step = share * step
-        moved_x, moved_z = moved_x + step, moved_z + step
-        d_y = cie.f_inverse(f_y + step) - y
-    d_x = cie.f_inverse(f_x + moved_x) - x
+        steps = [share * step for step in steps]
+    d_x = cie.f_inverse(f_x + steps[0]) - x
     # As in kornia and scikit-image, f(Z) stops at 0.
-    d_z = cie.f_inverse(torch.clamp(f_z + moved_z, min=0)) - z
+    d_z = cie.f_inverse(torch.clamp(f_z + steps[1], min=0)) - z
+    d_y = None if lightness is None else cie.f_inverse(f_y + steps[2]) - y
 
     moved = []
     for row, channel in zip(cie.M_INV, linear.unbind(-3), strict=True):
