@@ -58,7 +58,10 @@ def main() -> None:
         help="name or file of the target, for all training labs or for one (default: camelyon17)",
     )  # fmt: skip
     parser.add_argument("--model", help="small, or a model of torchvision (default: small)")
-    parser.add_argument("--encoder", help="with a linear probe, frozen: efficientnet-lite0, or a model of timm")
+    parser.add_argument(
+        "--encoder",
+        help="with a linear probe, frozen: efficientnet-lite0, a model of timm, hf-hub:NAME or local-dir:FOLDER",
+    )
     parser.add_argument("--finetune", action="store_true", help="train all of the encoder, with a linear layer")
     parser.add_argument(
         "--paper", action="store_true",

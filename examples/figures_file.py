@@ -20,10 +20,10 @@ def check_outputs(figures: Path | None, picture: Path | None) -> None:
 
 
 def earlier_figures(path: Path, settings: Settings, key: str) -> Any:
-    """What a file has of an earlier call, under a key.
+    """The figures that an earlier call wrote to a file, under a key.
 
     Raises:
-        ValueError: it is no such file, or has other settings.
+        ValueError: this script did not write the file, or did so with other settings.
     """
     try:
         content = json.loads(path.read_text())
@@ -36,10 +36,10 @@ def earlier_figures(path: Path, settings: Settings, key: str) -> Any:
 
 
 def earlier_runs(path: Path | None, resume: bool, settings: Settings) -> list[dict[str, Any]]:
-    """The runs that the file of ``--json`` has, which may be there with ``--resume`` alone.
+    """The runs that are in the ``--json`` file. Without ``--resume`` there must be no such file.
 
     Raises:
-        ValueError: as ``earlier_figures``, or the file is there without ``--resume``.
+        ValueError: as ``earlier_figures``, or there is a file and no ``--resume``, or the other way round.
     """
     if resume and path is None:
         raise ValueError("expected --json with --resume: the file of the runs that are done")

@@ -1,4 +1,4 @@
-"""The figures of classify_labs.py: of one model in one lab, and the table and plot of all."""
+"""The figures of classify_labs.py: those of one model in one lab, and the table and plot of all models."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path

@@ -19,6 +19,7 @@ from torchvision.transforms.v2.functional import normalize as subtract
 from tqdm import tqdm
 
 LITE = "efficientnet-lite0"  # its weights come with a package
+ELSEWHERE = ("hf-hub:", "local-dir:")  # where timm takes a model from that it has no name for
 EVALUATED = 256  # images at a time
 COPIES = 4  # of each training image, turned and augmented at random, that a probe is fitted to
 PROBE_C = 0.01  # inverse of the strength of L2 on standardized features
@@ -182,7 +183,10 @@ def probability(logit: Tensor, prevalence: float) -> np.ndarray:
 
 
 def load_encoder(name: str, side: int | None, device: torch.device) -> Encoder:
-    """``efficientnet-lite0``, whose weights come with a package, or a model of timm by name, which are downloaded.
+    """``efficientnet-lite0``, whose weights come with a package, or a model of timm, whose weights are downloaded.
+
+    That is a name of timm's own, ``hf-hub:NAME`` of the Hugging Face Hub, or ``local-dir:FOLDER`` with a model that was
+    downloaded from there.
 
     Raises:
         ValueError: there is none of this name, it cannot be had, or it takes images of another side.
@@ -234,8 +238,11 @@ def of_timm(name: str) -> tuple[nn.Module, int, Sequence[float], Sequence[float]
         raise ValueError(
             f'expected timm for the encoder {name!r}, got none: run pip install -e ".[evidence]"'
         ) from error
-    if not timm.is_model(name):
-        raise ValueError(f"expected {LITE} or a model of timm, such as vit_small_patch14_dinov2, got {name!r}")
+    if not timm.is_model(name) and not name.startswith(ELSEWHERE):
+        raise ValueError(
+            f"expected {LITE}, a model of timm such as vit_small_patch14_dinov2, hf-hub:NAME or local-dir:FOLDER, "
+            f"got {name!r}"
+        )
     try:
         network = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:

@@ -91,7 +91,9 @@ def main() -> None:
         "--methods", nargs="+", choices=WAYS, default=list(WAYS), metavar="METHOD",
         help=f"of {', '.join(WAYS)} (default: all that are installed)",
     )  # fmt: skip
-    parser.add_argument("--encoder", default=LITE, help="%(default)s, or a model of timm (default: %(default)s)")
+    parser.add_argument(
+        "--encoder", default=LITE, help="a model of timm, hf-hub:NAME or local-dir:FOLDER (default: %(default)s)"
+    )
     parser.add_argument("--side", type=int, help="of the images, in pixels (default: what the encoder takes)")
     parser.add_argument("--neighbors", type=int, default=25, help="of each image (default: %(default)s)")
     parser.add_argument(

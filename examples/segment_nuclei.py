@@ -6,12 +6,13 @@ A run is one method with one seed. The seed draws the images to train, validate 
 seeds test each image once), the first weights, and the crops; they are the same for all methods. What a network is
 trained and tested on is normalized by its method.
 
-Harmlessness is what a network that was trained on raw images still finds when the images are normalized: the Dice
-coefficient after, as a share of that before. Methods that change more color may harm more, so the change of each is
-also scaled, in CIELAB, until every image has moved by the same mean dE76 over its tissue.
+Harm is measured by networks that were trained on raw images: their Dice coefficient on normalized images, as a share
+of that on raw ones. Methods that change more color may harm more, so the change of each is also scaled, in CIELAB,
+until every image has moved by the same mean dE76 over its tissue.
 
 Methods normalize to the default target, center 1 of CAMELYON17. The peers take a mosaic of its images as reference;
-"to an image" is one of the images trained on, drawn by the seed. Peers that are not installed are left out.
+"to an image" is one of the images trained on, drawn by the seed. Peers that are not installed are left out. What
+classify_labs.py calls colornormnet, perturbstain and control is normalize, perturb and mean-match here.
 """
 
 import argparse

@@ -629,7 +629,21 @@ def test_options_that_cannot_be_are_refused(folder, refuse, arguments, message):
 
 def test_encoders_that_cannot_be_are_refused(folder, refuse):
     pytest.importorskip("timm", reason="needs timm: pip install -e '.[evidence]'")
-    assert "expected efficientnet-lite0 or a model of timm" in refuse(folder, "--encoder", "no_such_model")
+    assert "expected efficientnet-lite0, a model of timm such as" in refuse(folder, "--encoder", "no_such_model")
+    assert "expected to get the weights of local-dir:nowhere" in refuse(folder, "--encoder", "local-dir:nowhere")
+
+
+def test_an_encoder_in_a_folder_as_the_hugging_face_hub_has_it(tmp_path):
+    timm = pytest.importorskip("timm", reason="needs timm: pip install -e '.[evidence]'")
+    torch.manual_seed(0)
+    given = {"mean": (0.7, 0.6, 0.7), "std": (0.2, 0.2, 0.2)}
+    model = timm.create_model("test_vit", num_classes=0, pretrained_cfg_overlay=given).eval()
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    encoder = load_encoder(f"local-dir:{tmp_path}", None, CPU)
+    images = torch.rand(2, 3, encoder.side, encoder.side)
+    with torch.inference_mode():
+        expected = model((images - torch.tensor(given["mean"]).view(3, 1, 1)) / 0.2)
+    torch.testing.assert_close(encoder(images), expected)
 
 
 def test_encoders_of_another_size_are_refused(monkeypatch):
