@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--model", help="small, or a model of torchvision (default: small)")
     parser.add_argument(
         "--encoder",
-        help="with a linear probe, frozen: efficientnet-lite0, a model of timm, hf-hub:NAME or local-dir:FOLDER",
+        help="with a linear probe, frozen: efficientnet-lite0, a model of timm, hf-hub:NAME or local-dir:PATH",
     )
     parser.add_argument("--finetune", action="store_true", help="train all of the encoder, with a linear layer")
     parser.add_argument(
@@ -107,7 +107,7 @@ def evaluate(options: argparse.Namespace) -> list[Run]:
     side = encoder.side if encoder else options.side or SIDE
     if not encoder:
         check_side(recipe.model, side)
-    model: Run = {"encoder": options.encoder} if encoder else {}
+    model: Run = {"encoder": options.encoder, "weights": encoder.digest} if encoder else {}
     if not encoder or options.finetune:
         model |= dataclasses.asdict(recipe)
     settings = {

@@ -8,6 +8,8 @@ import numpy as np
 from lab_colors import METHODS
 from sklearn.metrics import roc_auc_score
 
+from stainnorm_transform.files import replacing
+
 RESAMPLES = 1000
 BINS = 15
 Run = dict[str, Any]
@@ -174,5 +176,6 @@ def plot(runs: Sequence[Run], path: Path) -> None:
     left.set_xlabel("AUC; bar: 95 % by bootstrap, across labs")
     right.set_xlabel("expected calibration error")
     right.legend(loc="best", frameon=False)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
     plt.close(figure)

@@ -123,8 +123,11 @@ def of_wilds(folder: Path) -> Iterator[Labeled]:
 
 
 def digest(images: Sequence[Labeled]) -> str:
-    """Tells one set of images from another, wherever the folders lie."""
-    names = (f"{each.lab}/{each.label}/{each.slide}/{each.split}/{each.path.name}" for each in images)
+    """Tells one set of images from another by names and sizes of files, wherever the folders lie."""
+    names = (
+        f"{each.lab}/{each.label}/{each.slide}/{each.split}/{each.path.name} {each.path.stat().st_size}"
+        for each in images
+    )
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
 
 

@@ -1,8 +1,11 @@
 """Trains a model on the images of a lab, or a linear probe on a frozen encoder, for classify_labs.py."""
 
 import copy
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,8 +21,10 @@ from torchvision.transforms.v2 import Normalize
 from torchvision.transforms.v2.functional import normalize as subtract
 from tqdm import tqdm
 
+from stainnorm_transform.files import one_line
+
 LITE = "efficientnet-lite0"  # its weights come with a package
-ELSEWHERE = ("hf-hub:", "local-dir:")  # where timm takes a model from that it has no name for
+HUB, FOLDER = "hf-hub:", "local-dir:"  # where timm takes a model from that it has no name for
 EVALUATED = 256  # images at a time
 COPIES = 4  # of each training image, turned and augmented at random, that a probe is fitted to
 PROBE_C = 0.01  # inverse of the strength of L2 on standardized features
@@ -46,6 +51,14 @@ class Encoder:
     side: int
     mean: Sequence[float]
     std: Sequence[float]
+
+    @property
+    def digest(self) -> str:
+        """Tells one encoder from another, whatever its name."""
+        whole = hashlib.sha256(json.dumps([list(self.mean), list(self.std)]).encode())
+        for name, tensor in self.network.state_dict().items():
+            whole.update(name.encode() + tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return whole.hexdigest()[:16]
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
@@ -185,8 +198,8 @@ def probability(logit: Tensor, prevalence: float) -> np.ndarray:
 def load_encoder(name: str, side: int | None, device: torch.device) -> Encoder:
     """``efficientnet-lite0``, whose weights come with a package, or a model of timm, whose weights are downloaded.
 
-    That is a name of timm's own, ``hf-hub:NAME`` of the Hugging Face Hub, or ``local-dir:FOLDER`` with a model that was
-    downloaded from there.
+    That is a name of timm's own, ``hf-hub:NAME`` of the Hugging Face Hub, or ``local-dir:PATH`` of a folder that was
+    downloaded from there; a model must need no more than that to be made, and give one vector an image.
 
     Raises:
         ValueError: there is none of this name, it cannot be had, or it takes images of another side.
@@ -199,13 +212,14 @@ def load_encoder(name: str, side: int | None, device: torch.device) -> Encoder:
     network = network.to(device).eval().requires_grad_(False)
     try:
         with torch.inference_mode():
-            shape = network(torch.zeros(1, 3, side, side, device=device)).shape
+            features = network(torch.zeros(1, 3, side, side, device=device))
     except Exception as error:
         raise ValueError(
-            f"expected the side that {name} takes, {own}, got {side}: leave --side out ({error})"
+            f"expected the side that {name} takes, {own}, got {side}: leave --side out ({one_line(error)})"
         ) from error
-    if len(shape) != 2:
-        raise ValueError(f"expected an encoder that gives one vector an image, got {tuple(shape)} from {name}")
+    shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+    if not isinstance(shape, tuple) or len(shape) != 2:
+        raise ValueError(f"expected an encoder that gives one vector an image, got {shape} from {name}")
     return Encoder(network, side, mean, std)
 
 
@@ -238,16 +252,20 @@ def of_timm(name: str) -> tuple[nn.Module, int, Sequence[float], Sequence[float]
         raise ValueError(
             f'expected timm for the encoder {name!r}, got none: run pip install -e ".[evidence]"'
         ) from error
-    if not timm.is_model(name) and not name.startswith(ELSEWHERE):
+    if not timm.is_model(name) and not name.startswith((HUB, FOLDER)):
         raise ValueError(
-            f"expected {LITE}, a model of timm such as vit_small_patch14_dinov2, hf-hub:NAME or local-dir:FOLDER, "
+            f"expected {LITE}, a model of timm such as vit_small_patch14_dinov2, {HUB}NAME or {FOLDER}PATH, "
             f"got {name!r}"
         )
+    folder = Path(name.removeprefix(FOLDER)).expanduser() if name.startswith(FOLDER) else None
+    if folder and not (folder / "config.json").is_file():
+        raise ValueError(f"expected a folder with config.json, as the Hugging Face Hub has it, got {folder}")
     try:
-        network = timm.create_model(name, pretrained=True, num_classes=0)
+        network = timm.create_model(f"{FOLDER}{folder}" if folder else name, pretrained=True, num_classes=0)
     except Exception as error:
+        remedy = "see what is in the folder" if folder else f"go online, or take --encoder {LITE}"
         raise ValueError(
-            f"expected to get the weights of {name} from timm, got none ({error}): go online, or take --encoder {LITE}"
+            f"expected a model that timm makes from {name} alone, got {one_line(error)}: {remedy}"
         ) from error
     config = timm.data.resolve_model_data_config(network)
     return network, config["input_size"][-1], config["mean"], config["std"]

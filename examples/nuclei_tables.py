@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from stainnorm_transform.files import replacing
+
 Run = dict[str, Any]
 SCORES = {"dice": "Dice", "aji": "AJI", "pq": "PQ"}
 SCORES_LEGEND = """
@@ -169,4 +171,5 @@ def plot(runs: list[Run], labels: dict[str, str], path: Path) -> None:
     right.grid(alpha=0.3)
     if right.lines[1:]:
         right.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=110)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")

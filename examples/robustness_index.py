@@ -92,7 +92,7 @@ def main() -> None:
         help=f"of {', '.join(WAYS)} (default: all that are installed)",
     )  # fmt: skip
     parser.add_argument(
-        "--encoder", default=LITE, help="a model of timm, hf-hub:NAME or local-dir:FOLDER (default: %(default)s)"
+        "--encoder", default=LITE, help="a model of timm, hf-hub:NAME or local-dir:PATH (default: %(default)s)"
     )
     parser.add_argument("--side", type=int, help="of the images, in pixels (default: what the encoder takes)")
     parser.add_argument("--neighbors", type=int, default=25, help="of each image (default: %(default)s)")
@@ -138,7 +138,8 @@ def evaluate(options: argparse.Namespace) -> None:
     images = sorted({image for drawn in draws for image in drawn}, key=lambda image: str(image.path))
     asked = min(labs, key=lambda lab: (labs[lab], lab))
     settings = {
-        "version": __version__, "images": digest(images), "labels": labels, "encoder": options.encoder,
+        "version": __version__, "images": digest(images), "labels": labels,
+        "encoder": [options.encoder, encoder.digest],
         "side": encoder.side, "neighbors": options.neighbors, "limit": limit, "draws": options.draws, "asked": asked,
         "labs": {lab: {"images": labs[lab], "units": len({x.unit for x in found if x.lab == lab})} for lab in labs},
         "units": "slides" if all(image.slide for image in images) else "images",

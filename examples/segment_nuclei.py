@@ -28,7 +28,7 @@ import torch
 from camelyon17 import CENTERS, add_data_option, read_center
 from figures_file import check_outputs, earlier_runs, write_figures
 from kornia.color import lab_to_rgb
-from monuseg import FOLDERS, Sample, aggregated_jaccard, dice, overlaps, panoptic_quality, read_monuseg, split
+from monuseg import FOLDERS, Sample, aggregated_jaccard, dice, digest, overlaps, panoptic_quality, read_monuseg, split
 from nuclei_networks import MODELS, Model, fit
 from nuclei_tables import plot, print_tables
 from peers import PEERS, Normalize, lab_of, mean_match, tissue
@@ -93,7 +93,7 @@ def main() -> None:
         check_outputs(options.json, options.plot)
         device = choose_device(options.device)
         samples = read_monuseg(options.data / "monuseg", MODELS[options.model].crop)
-        settings = {"version": __version__, "images": [sample.name for sample in samples], **recipe}
+        settings = {"version": __version__, "images": digest(samples), **recipe}
         done = earlier_runs(options.json, options.resume, settings)
     except ValueError as error:
         parser.error(str(error))

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import dataclasses
 import itertools
 import json
 import re
@@ -102,7 +103,7 @@ SMALL = ("--side", 32, "--steps", 10, "--batch", 8, "--device", "cpu")
 # --- Images.
 
 
-def test_images_of_labs_and_labels(folder):
+def test_images_of_labs_and_labels(folder, tmp_path):
     images = find_images([folder], LABELS)
     assert len(images) == 2 * 2 * 2 * SLIDES
     first = images[0]
@@ -113,6 +114,11 @@ def test_images_of_labs_and_labels(folder):
     # Another order of the labels.
     assert sum(image.label for image in find_images([folder], ("tumor", "normal"))) == len(images) / 2
     assert digest(images) != digest(images[1:])
+    moved = dataclasses.replace(first, path=tmp_path / first.path.name)
+    moved.path.write_bytes(first.path.read_bytes())
+    assert digest([moved]) == digest([first])
+    moved.path.write_bytes(first.path.read_bytes() + b" ")
+    assert digest([moved]) != digest([first])
 
 
 @pytest.mark.parametrize(
@@ -278,8 +284,9 @@ def test_the_control_matches_means_and_what_raises_stays(folder, monkeypatch):
     assert torch.equal(after, torch.stack([batch[1], batch[1], torch.zeros_like(batch[0])]))
 
 
+@pytest.mark.filterwarnings("default")  # TIAToolbox, which is taken where it is installed, warns as it is imported.
 @pytest.mark.parametrize("name", ["reinhard", "macenko"])
-def test_torchstain(folder, name):
+def test_other_methods_bring_colors_closer(folder, name):
     pytest.importorskip("torchstain", reason="needs torchstain: pip install -e '.[evidence]'")
     images = find_images([folder], LABELS)
     rows = torch.arange(16, 20)
@@ -491,8 +498,10 @@ def test_runs_are_resumed(folder, tmp_path, call, refuse, monkeypatch):
     assert first["runs"][0]["tests"]["lab_b"]["images"] == 4 * SLIDES
     assert first["runs"][0]["tests"]["lab_a"]["images"] == SLIDES
     assert re.search(f"expected a file that is not there yet, got .*{out.name}: add --resume", refuse(*arguments))
-    assert "the same model, got others" in refuse(*arguments, "--resume", "--steps", 11)
-    assert "the same weights, got others" in refuse(*arguments, "--resume", "--weights", "lab_a=camelyon17-center3")
+    assert "the same model, got others or none" in refuse(*arguments, "--resume", "--steps", 11)
+    assert "the same weights, got others or none" in refuse(
+        *arguments, "--resume", "--weights", "lab_a=camelyon17-center3"
+    )
     calls = []
     score = classify_labs.score
     monkeypatch.setattr("classify_labs.score", lambda *args: calls.append(args[3:5]) or score(*args))
@@ -548,7 +557,7 @@ def test_an_encoder_from_end_to_end(folder, tmp_path, call, monkeypatch):
         folder, "--encoder", "stand-in", "--seeds", 1, "--device", "cpu", "--json", out, "--methods", "nothing", "both"
     )
     content = json.loads(out.read_text())
-    assert content["settings"]["model"] == {"encoder": "stand-in"}
+    assert content["settings"]["model"] == {"encoder": "stand-in", "weights": encoder.digest}
     # Darkness alone tells these labels.
     assert all(run["tests"][run["lab"]]["auc"] > 0.9 for run in content["runs"])
 
@@ -616,6 +625,8 @@ def test_too_few_slides_are_refused(tmp_path, refuse):
         (("--batch", "1"), "expected --batch of 2 or more"),
         (("--side", "8"), "expected a --side that the model small takes, got 8"),
         (("--json", "nowhere/a.json"), "expected a folder that is there for nowhere/a.json, got none: make it first"),
+        (("--json", "same.png", "--plot", "same.png"), "expected two files for --json and --plot, got same.png"),
+        (("--json", "/"), "expected a file, got the folder /: give another name"),
         (("--resume",), "expected --json with --resume"),
         (("--device", "mars"), "expected a device that is here, like cpu or cuda:0, got 'mars'"),
         (("--encoder", LITE, "--paper"), "expected --encoder without --paper"),
@@ -630,20 +641,53 @@ def test_options_that_cannot_be_are_refused(folder, refuse, arguments, message):
 def test_encoders_that_cannot_be_are_refused(folder, refuse):
     pytest.importorskip("timm", reason="needs timm: pip install -e '.[evidence]'")
     assert "expected efficientnet-lite0, a model of timm such as" in refuse(folder, "--encoder", "no_such_model")
-    assert "expected to get the weights of local-dir:nowhere" in refuse(folder, "--encoder", "local-dir:nowhere")
+    assert "expected a folder with config.json" in refuse(folder, "--encoder", "local-dir:nowhere")
+
+
+def save_encoder(folder, seed=0, **options):
+    """A vision transformer for 160 pixels in a folder, as the Hugging Face Hub has them."""
+    timm = pytest.importorskip("timm", minversion="1.0.16", reason="needs timm: pip install -e '.[evidence]'")
+    torch.manual_seed(seed)
+    given = {"mean": (0.7, 0.6, 0.5), "std": (0.1, 0.2, 0.3)}
+    model = timm.create_model("test_vit", num_classes=0, pretrained_cfg_overlay=given, **options).eval()
+    timm.models.save_for_hf(model, folder, safe_serialization=True)
+    return model
 
 
 def test_an_encoder_in_a_folder_as_the_hugging_face_hub_has_it(tmp_path):
-    timm = pytest.importorskip("timm", reason="needs timm: pip install -e '.[evidence]'")
-    torch.manual_seed(0)
-    given = {"mean": (0.7, 0.6, 0.7), "std": (0.2, 0.2, 0.2)}
-    model = timm.create_model("test_vit", num_classes=0, pretrained_cfg_overlay=given).eval()
-    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    model = save_encoder(tmp_path)
     encoder = load_encoder(f"local-dir:{tmp_path}", None, CPU)
-    images = torch.rand(2, 3, encoder.side, encoder.side)
+    assert encoder.side == 160
+    images = torch.rand(2, 3, 160, 160)
     with torch.inference_mode():
-        expected = model((images - torch.tensor(given["mean"]).view(3, 1, 1)) / 0.2)
+        mean, std = (torch.tensor(each).view(3, 1, 1) for each in ((0.7, 0.6, 0.5), (0.1, 0.2, 0.3)))
+        expected = model((images - mean) / std)
     torch.testing.assert_close(encoder(images), expected)
+
+
+def test_an_encoder_of_the_hub_is_asked_for_by_name(monkeypatch):
+    timm = pytest.importorskip("timm", reason="needs timm: pip install -e '.[evidence]'")
+    model = timm.create_model("test_vit", num_classes=0)
+    asked = []
+    monkeypatch.setattr(timm, "create_model", lambda *args, **options: asked.append((args, options)) or model)
+    load_encoder("hf-hub:some/encoder", None, CPU)
+    assert asked == [(("hf-hub:some/encoder",), {"pretrained": True, "num_classes": 0})]
+
+
+def test_encoders_that_cannot_be_made_are_refused(tmp_path):
+    save_encoder(tmp_path, init_values=0.1)
+    with pytest.raises(ValueError, match=r"timm makes from local-dir:.* alone, got .*: see what is in the folder"):
+        load_encoder(f"local-dir:{tmp_path}", None, CPU)
+
+
+def test_another_encoder_under_the_same_name_is_not_resumed(folder, tmp_path, call, refuse):
+    save_encoder(tmp_path / "encoder")
+    arguments = (folder, "--encoder", f"local-dir:{tmp_path / 'encoder'}", "--seeds", 1, "--methods", "nothing")
+    arguments += ("--json", tmp_path / "figures.json")
+    call(*arguments)
+    call(*arguments, "--resume")
+    save_encoder(tmp_path / "encoder", seed=1)
+    assert "the same model, got others or none" in refuse(*arguments, "--resume")
 
 
 def test_encoders_of_another_size_are_refused(monkeypatch):

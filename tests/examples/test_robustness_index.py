@@ -277,7 +277,7 @@ def test_an_interrupted_call_goes_on(folder, tmp_path, call, refuse, monkeypatch
     second = json.loads(out.read_text())
     assert second["methods"]["nothing"] == first["methods"]["nothing"]
     assert second["methods"]["gray (L* alone)"] != first["methods"]["nothing"]
-    assert f"expected {out} to have the same neighbors, got others" in refuse(*arguments, "gray", "--neighbors", 6)
+    assert f"expected {out} to be of the same neighbors, got others" in refuse(*arguments, "gray", "--neighbors", 6)
     out.write_text("[]")
     assert f"expected figures that this script wrote, got {out}: give another --json" in refuse(*arguments, "gray")
     assert out.read_text() == "[]"

@@ -224,7 +224,8 @@ def rows_of(printed):
 
 def test_runs_are_scored_and_written(segment, data):
     printed, written = segment("--methods", "nothing", "both", "--seeds", 0, 1)
-    assert {"model": "unet", "steps": 2, "batch": 2}.items() <= written["settings"].items()
+    images = monuseg.digest(monuseg.read_monuseg(data / "monuseg", 64))
+    assert written["settings"] == {"version": __version__, "images": images, "model": "unet", "steps": 2, "batch": 2}
     runs = written["runs"]
     assert [(run["method"], run["seed"]) for run in runs] == [
         ("nothing", 0), ("both", 0), ("nothing", 1), ("both", 1),
@@ -290,12 +291,23 @@ def test_a_run_that_is_done_is_kept(segment, monkeypatch, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["nuclei.json"]
 
 
-def test_figures_of_other_images_are_not_resumed(segment, tmp_path_factory, capsys):
-    segment("--methods", "mean-match", "--seeds", 0)
-    other = make_monuseg(tmp_path_factory.mktemp("other"), count=7)
+def test_figures_of_other_images_or_another_version_are_not_resumed(segment, tmp_path_factory, monkeypatch, capsys):
+    arguments = ["--methods", "mean-match", "--seeds", 0]
+    segment(*arguments)
+    # One pixel of one image is another, under the same name.
+    other = make_monuseg(tmp_path_factory.mktemp("other"))
+    path = min((other / "monuseg/images").iterdir())
+    with Image.open(path) as image:
+        image.load()
+    image.putpixel((0, 0), (1, 2, 3))
+    image.save(path)
     with pytest.raises(SystemExit, match="2"):
-        segment("--methods", "mean-match", "--seeds", 1, "--resume", data=other)
-    assert "to have the same images, got others" in " ".join(capsys.readouterr().err.split())
+        segment(*arguments, "--resume", data=other)
+    assert "to be of the same images, got others or none" in " ".join(capsys.readouterr().err.split())
+    monkeypatch.setattr(segment_nuclei, "__version__", "0.0.1")
+    with pytest.raises(SystemExit, match="2"):
+        segment(*arguments, "--resume")
+    assert "to be of the same version, got others or none" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_method_that_is_named_twice_runs_once(segment):
@@ -341,7 +353,7 @@ def test_the_plot_is_written(segment, tmp_path):
     pytest.importorskip("matplotlib", reason="needs matplotlib")
     segment("--methods", "nothing", "--seeds", 0, "--plot", tmp_path / "nuclei.png")
     with Image.open(tmp_path / "nuclei.png") as image:
-        assert image.size == (1540, 506)
+        assert image.width == 1540
 
 
 def test_tables_by_hand(capsys):
@@ -368,7 +380,10 @@ def test_tables_by_hand(capsys):
         "0.900 ± 0.141 (0.900), 0.80, 1 below",
         "0.950 ± 0.071 (0.950), 0.90, 1 below, 1 stretched",
     ]
+    assert "images that keep least" in printed
     assert "- X: 01 (skin, dE 8): 0.80, 00 (skin, dE 8): 1.00" in printed
+    nuclei_tables.print_tables(runs[1:], {"nothing": "nothing", "perturb": "PerturbStain"})
+    assert "keep least" not in capsys.readouterr().out
 
 
 # --- Colors by organ.
@@ -451,7 +466,7 @@ def test_images_smaller_than_a_crop_are_named(data):
             ["--methods", "perturb", "--seeds", 0],
             "expected a file that is not there yet, got .*nuclei.json: add --resume",
         ),
-        (["--resume", "--steps", 3], "expected .*nuclei.json to have the same steps, got others: give another --json"),
+        (["--resume", "--steps", 3], "expected .*nuclei.json to be of the same steps, got others or none: give"),
         (["--json", "nowhere/a.json"], "expected a folder that is there for nowhere/a.json, got none: make it first"),
         (["--resume", "--seeds", -1], "expected --steps and --batch of 1 or more, and --seeds of 0 or more"),
         (["--resume", "--steps", 0], "expected --steps and --batch of 1 or more, and --seeds of 0 or more"),
@@ -459,8 +474,8 @@ def test_images_smaller_than_a_crop_are_named(data):
     ],
 )
 def test_bad_arguments(segment, data, tmp_path, capsys, arguments, message):
-    names = [sample.name for sample in monuseg.read_monuseg(data / "monuseg", 64)]
-    settings = {"version": __version__, "images": names, "model": "unet", "steps": 2, "batch": 2}
+    images = monuseg.digest(monuseg.read_monuseg(data / "monuseg", 64))
+    settings = {"version": __version__, "images": images, "model": "unet", "steps": 2, "batch": 2}
     written = json.dumps({"settings": settings, "runs": []})
     (tmp_path / "nuclei.json").write_text(written)
     with pytest.raises(SystemExit, match="2"):
@@ -469,7 +484,17 @@ def test_bad_arguments(segment, data, tmp_path, capsys, arguments, message):
     assert (tmp_path / "nuclei.json").read_text() == written
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"runs": []}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        '{"runs": []}',
+        '{"settings": [1], "runs": []}',
+        '{"settings": {}, "runs": ["a"]}',
+        '{"settings": {}, "runs": 1}',
+    ],
+)
 def test_a_file_of_something_else_is_not_resumed(segment, tmp_path, capsys, content):
     (tmp_path / "nuclei.json").write_text(content)
     with pytest.raises(SystemExit, match="2"):
