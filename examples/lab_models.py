@@ -57,7 +57,8 @@ class Encoder:
         """Tells one encoder from another, whatever its name."""
         whole = hashlib.sha256(json.dumps([list(self.mean), list(self.std)]).encode())
         for name, tensor in self.network.state_dict().items():
-            whole.update(name.encode() + tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            whole.update(name.encode())
+            whole.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return whole.hexdigest()[:16]
 
     @torch.inference_mode()
@@ -217,9 +218,9 @@ def load_encoder(name: str, side: int | None, device: torch.device) -> Encoder:
         raise ValueError(
             f"expected the side that {name} takes, {own}, got {side}: leave --side out ({one_line(error)})"
         ) from error
-    shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-    if not isinstance(shape, tuple) or len(shape) != 2:
-        raise ValueError(f"expected an encoder that gives one vector an image, got {shape} from {name}")
+    if not isinstance(features, Tensor) or features.ndim != 2:
+        found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ValueError(f"expected an encoder that gives one vector an image, got {found} from {name}")
     return Encoder(network, side, mean, std)
 
 

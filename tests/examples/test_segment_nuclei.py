@@ -353,7 +353,7 @@ def test_the_plot_is_written(segment, tmp_path):
     pytest.importorskip("matplotlib", reason="needs matplotlib")
     segment("--methods", "nothing", "--seeds", 0, "--plot", tmp_path / "nuclei.png")
     with Image.open(tmp_path / "nuclei.png") as image:
-        assert image.width == 1540
+        assert image.size in ((1540, 505), (1540, 506))  # matplotlib rounds 505.99... either way
 
 
 def test_tables_by_hand(capsys):
